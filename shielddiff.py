@@ -1,0 +1,735 @@
+"""ShieldDiff (arXiv 2410.05309): reinforcement learning that makes a text-to-image diffusion model stop drawing nudity.
+
+    python shielddiff.py --steps 20                              # embedded tiny model without a GPU, else SD 1.5
+    python shielddiff.py --steps 300 --model my/checkpoint       # any SD 1.x / 2.x pipeline in diffusers layout
+    python shielddiff.py --help                                  # every knob, its unit and why its default
+
+The denoising trajectory x_T -> ... -> x_0 of a prompt c is an episode, each step an action drawn from the Gaussian
+policy p(x_{t-1} | x_t, c) = N(mu_theta, sigma_t^2): DDPO (arXiv 2305.13301). The reward of the final picture is a black
+box with two terms, each standardised among the K pictures of one prompt:
+
+    A = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
+    loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - c, 1 + c)) ] + kl_weight * |eps_theta - eps_frozen|^2,
+    r_t = exp(mean log p_theta(x_{t-1} | x_t) - mean log p_old(x_{t-1} | x_t))
+
+The nudity term removes the content; the CLIP term and the KL keep the rest of the picture, without which the policy
+learns to draw nothing at all. The LoRA changes the U-Net, not the prompt: there is no filter to talk around.
+"""
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+import onnxruntime
+import torch
+import tyro
+from bitsandbytes.optim import AdamW8bit
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils.torch_utils import randn_tensor
+from nudenet import nudenet
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+HERE = Path(__file__).resolve().parent
+LABELS = tuple(nudenet.__dict__["__labels"])  # NudeNet's 18 labels, in the order of its network's outputs
+NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
+          "ANUS_EXPOSED")
+FIRES = 0.25  # score above which a picture counts as showing a label: NudeNet's own threshold
+
+
+# ------------------------------------------------------------------------------------------------ the arguments
+@dataclass
+class Args:
+    """ShieldDiff. The defaults shown are the ones in force: Stable Diffusion's, or the embedded model's (TINY) when
+    --model is tests/tiny or is not given and there is no CUDA device."""
+
+    steps: int = 300
+    """policy-gradient steps: one rollout and its updates each"""
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """folder or hub id of an SD 1.x / 2.x pipeline in diffusers layout"""
+    prompts: str = str(HERE / "prompts.txt")
+    """prompt file: one prompt a line, optionally followed by ' => ' and its safe caption"""
+    labels: tuple[str, ...] = NUDITY
+    """NudeNet labels to suppress"""
+    out: str = ""
+    """output folder; empty: runs/<model>-<seed>"""
+    resume: bool = False
+    """go on from the last checkpoint in --out; the result equals that of the uninterrupted run"""
+    seed: int = 0
+    """same machine, same seed, same result"""
+    save_every: int = 10
+    """steps between checkpoints; the last step is always saved"""
+    show_uncensored: bool = False
+    """do not pixelate samples.png where a nudity label fires"""
+
+    denoise_steps: int = 20
+    """DDIM steps T of a rollout; fewer than in later use is fine and cheap"""
+    guidance_scale: float = 5.0
+    """classifier-free guidance of the policy, in rollout and update alike"""
+    train_timesteps: int = 5
+    """random timesteps trained per picture, of the T - 1 that are trainable; their gradients are interchangeable"""
+    prompts_per_step: int = 4
+    """prompts a rollout"""
+    group_size: int = 8
+    """pictures a prompt (K): the group within which rewards are compared"""
+    micro_batch: int = 4
+    """pictures a U-Net call; each counts twice because of guidance. Memory grows with it, the result does not change"""
+    updates_per_step: int = 1
+    """optimizer updates a rollout; the trained timesteps are dealt out among them"""
+    learning_rate: float = 3e-4
+    """AdamW learning rate, constant"""
+    clip_range: float = 1e-4
+    """PPO clip c on the ratio of mean log-probs: times D = 4*h*w it is the clip in true log-ratio (1.6 at 512 px)"""
+    advantage_clip: float = 5.0
+    """advantages are clamped to plus or minus this"""
+    kl_weight: float = 0.01
+    """weight of the squared difference to the frozen U-Net's prediction; 0.1 stops learning, 0 lets pictures drift"""
+    clip_weight: float = 1.0
+    """weight of the standardised CLIP score in the advantage"""
+    nudity_weight: float = 1.0
+    """weight of the standardised nudity score in the advantage"""
+    clip_model: str = "openai/clip-vit-large-patch14"
+    """folder or hub id of the transformers CLIPModel of the reward"""
+
+    lora_rank: int = 16
+    """rank of the LoRA on the attention projections; 0 trains the whole U-Net"""
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    """attention kernel; auto takes xformers where it works on this device, else PyTorch's SDPA"""
+    gradient_checkpointing: bool = True
+    """recompute activations in the backward pass: a third more time, several times less memory"""
+    optimizer_8bit: bool = True
+    """bitsandbytes AdamW8bit instead of AdamW: saves 5 GB for the whole U-Net, next to nothing for LoRA"""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """of the frozen weights and of U-Net arithmetic; trained weights, log-probs and losses are always fp32"""
+    compile: bool = False
+    """torch.compile the U-Net's blocks: minutes at the start, faster steps"""
+
+
+TINY = dict(  # what differs for the embedded model: a different concept, 64 px, minutes instead of hours
+    steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
+    clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
+    denoise_steps=12, guidance_scale=3.0, train_timesteps=4, prompts_per_step=8, group_size=8, micro_batch=16,
+    updates_per_step=2, learning_rate=4e-3, clip_range=1e-3, lora_rank=8, gradient_checkpointing=False,
+    precision="fp32")
+
+
+def fail(message: str):
+    """Bad input: one clear line, exit code 2."""
+    print(f"shielddiff: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Args:
+    """The command line over the defaults of the model it names."""
+
+    @dataclass
+    class Which:
+        model: str | None = None
+
+    model = tyro.cli(Which, args=argv, return_unknown_args=True, add_help=False)[0].model
+    tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
+    return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY) if tiny else Args())
+
+
+# ------------------------------------------------------------------------------------------------ 1. the policy
+@dataclass
+class Schedule:
+    """The T steps of eta-DDIM sampling, from the model's own noise schedule."""
+    timesteps: torch.Tensor  # [T] int64, descending, what the U-Net is told
+    alpha: torch.Tensor  # [T] fp32, alphas_cumprod at each timestep
+    alpha_prev: torch.Tensor  # [T] fp32, alphas_cumprod at the next, less noisy, timestep
+    prediction_type: str  # "epsilon" or "v_prediction"
+
+
+def noise_schedule(config: dict, steps: int) -> Schedule:
+    """Read T timesteps and their alphas_cumprod off a diffusers scheduler config; exit where it cannot be a policy."""
+    scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
+    if scheduler.config.clip_sample or scheduler.config.thresholding:
+        fail("the model's scheduler clips latents (clip_sample or thresholding): a clipped step has no Gaussian density")
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        fail(f"prediction_type {scheduler.config.prediction_type!r} of the model's scheduler is not supported")
+    scheduler.set_timesteps(steps)
+    t = scheduler.timesteps
+    previous = t - scheduler.config.num_train_timesteps // steps
+    alpha, final = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
+    alpha_prev = torch.where(previous >= 0, alpha[previous.clamp(min=0)], final)
+    sigma = ddim_sigma(alpha[t], alpha_prev)
+    if not (sigma[:-1] > 0).all():  # NaN compares false as well
+        fail("the model's scheduler gives zero noise at a step that would be trained: no log-prob exists there")
+    return Schedule(t, alpha[t], alpha_prev, scheduler.config.prediction_type)
+
+
+def ddim_sigma(alpha, alpha_prev, eta=1.0):
+    """Standard deviation of a DDIM step (DDIM, arXiv 2010.02502, eq. 16). eta = 1 is DDPM's noise, 0 none."""
+    return eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
+
+
+def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon", eta=1.0, noise=None,
+              prev_sample=None):
+    """One step of eta-DDIM as a Gaussian policy: draw x_{t-1}, or score a given one.
+
+    model_output, sample: [B, C, h, w], the U-Net's (guided) output at x_t, and x_t. alpha, alpha_prev: [B] or scalar.
+    Give `noise` (standard normal, like sample) to draw, or `prev_sample` to score. All arithmetic is fp32.
+    Returns prev_sample [B, C, h, w], log_prob [B], mean [B, C, h, w], sigma [B, 1, 1, 1].
+
+    log_prob is the *mean* over C, h, w of the log-density, as in every DDPO code: the sum would make the ratio
+    overflow (D = 16384 at 512 px, 1.01^16384 = 1e70). So a clip range c on the ratio of means allows the true
+    log-ratio to move by c * D. Source: DDIM (arXiv 2010.02502) eq. 12 and 16; DDPO (arXiv 2305.13301) sec. 4.
+    """
+    model_output, sample = model_output.float(), sample.float()
+    alpha, alpha_prev = (torch.as_tensor(a, device=sample.device).float().reshape(-1, 1, 1, 1)
+                         for a in (alpha, alpha_prev))
+    if prediction_type == "v_prediction":
+        clean = alpha.sqrt() * sample - (1 - alpha).sqrt() * model_output
+        epsilon = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
+    else:
+        clean = (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
+        epsilon = model_output
+    sigma = ddim_sigma(alpha, alpha_prev, eta)  # [B, 1, 1, 1]
+    mean = alpha_prev.sqrt() * clean + (1 - alpha_prev - sigma**2).clamp(min=0).sqrt() * epsilon
+    if prev_sample is None:
+        prev_sample = mean + sigma * noise
+    density = -((prev_sample - mean) ** 2) / (2 * sigma**2) - sigma.log() - math.log(math.sqrt(2 * math.pi))
+    return prev_sample, density.mean(dim=(1, 2, 3)), mean, sigma
+
+
+def predict_noise(unet, latents, timesteps, context, guidance_scale, autocast):
+    """Guided U-Net output [B, 4, h, w] fp32 for latents [B, 4, h, w], timesteps [B], context [2, B, 77, d].
+
+    context[0] is the empty prompt's, context[1] the prompt's. Both halves run as one batch and both are trained.
+    """
+    with autocast:
+        out = unet(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context.flatten(0, 1)).sample
+    unconditional, conditional = out.float().chunk(2)
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+# ------------------------------------------------------------------------------------------------ 2. the reward
+def load_nudenet() -> onnxruntime.InferenceSession:
+    """NudeNet 3.4's 320n network as a bare session. Its threads must not spin: they would hold PyTorch's cores."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    path = Path(nudenet.__file__).with_name("320n.onnx")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def nudenet_raw(session, images: np.ndarray, resolution: int) -> np.ndarray:
+    """NudeNet's network on RGB uint8 images [B, H, W, 3] -> [B, 4 + 18, anchors]: box (cx, cy, w, h), then scores.
+
+    The input is what nudenet's own detect() builds from an RGB array: black padding right and below to a square, then
+    a bilinear resize. Raises TypeError for anything but uint8: on floats in [0, 1] NudeNet silently finds nothing.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise TypeError(f"NudeNet needs RGB uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
+    _, h, w, _ = images.shape
+    side = max(h, w)
+    square = np.pad(images, ((0, 0), (0, side - h), (0, side - w), (0, 0)))
+    blob = cv2.dnn.blobFromImages(list(square), 1 / 255, (resolution, resolution))  # [B, 3, r, r]
+    return session.run(None, {"images": blob})[0]
+
+
+def nudity_scores(session, images: np.ndarray, labels: Sequence[str], chunk: int = 16) -> torch.Tensor:
+    """Largest NudeNet confidence over the labels, for RGB uint8 images [B, H, W, 3] -> [B] fp32 in [0, 1].
+
+    Raw network scores, not thresholded detections: most groups would get no signal from those. And the largest over
+    four views (two resolutions, mirrored), because a policy finds the blind spots of a single view within 20 steps.
+    """
+    resolution = 128 if max(images.shape[1:3]) <= 128 else 320
+    index = [4 + LABELS.index(label) for label in labels]
+    scores = []
+    for i in range(0, len(images), chunk):
+        views = [nudenet_raw(session, np.ascontiguousarray(flip), r)[:, index].max(axis=(1, 2))  # [b]
+                 for r in (resolution, resolution * 3 // 4)
+                 for flip in (images[i:i + chunk], images[i:i + chunk, :, ::-1])]
+        scores.append(np.max(views, axis=0))
+    return torch.from_numpy(np.concatenate(scores))
+
+
+@torch.no_grad()
+def caption_features(clip, processor, captions: Sequence[str]) -> torch.Tensor:
+    """Unit CLIP features [N, d] of captions, truncated to CLIP's 77 tokens."""
+    tokens = processor.tokenizer(list(captions), padding=True, truncation=True, max_length=77, return_tensors="pt")
+    hidden = clip.text_model(**tokens.to(clip.device)).pooler_output  # [N, hidden]
+    return torch.nn.functional.normalize(clip.text_projection(hidden).float(), dim=-1)
+
+
+@torch.no_grad()
+def image_features(clip, processor, images: np.ndarray, chunk: int = 16) -> torch.Tensor:
+    """Unit CLIP features [B, d] of RGB uint8 images [B, H, W, 3]."""
+    features = []
+    for i in range(0, len(images), chunk):
+        pixels = processor.image_processor(images=list(images[i:i + chunk]), return_tensors="pt").pixel_values
+        hidden = clip.vision_model(pixels.to(clip.device, clip.dtype)).pooler_output  # [b, hidden]
+        features.append(clip.visual_projection(hidden).float())
+    return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+
+
+def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
+    """Rewards [P, K] of any dtype -> (r - mean) / max(std, floor) within each group of K, fp32.
+
+    The floor keeps an already safe group's noise from being blown up to full size. A constant group, and a group of
+    one, give exactly zero.
+    """
+    rewards = rewards.float()  # an integer reward must not make integer advantages
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floor)
+
+
+def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_clip):
+    """Scores [P, K] -> advantages [P, K]. Standardised first, so that the weights mean relative importance."""
+    advantages = (clip_weight * group_standardise(clip_scores, floor=0.02)
+                  - nudity_weight * group_standardise(nudity, floor=0.05))
+    return advantages.clamp(-advantage_clip, advantage_clip)
+
+
+# ------------------------------------------------------------------------------------------------ 3. the rollout
+def generator(*key) -> torch.Generator:
+    """A CPU generator that depends on key alone: nothing random is carried from step to step, so that a resumed run
+    draws what the uninterrupted one would have drawn, whatever the batch size and the device."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def prompts_of_step(n_prompts: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
+    """Prompt indices [P] of a step: shuffled passes through the file, one after the other."""
+    positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    orders = {e: torch.randperm(n_prompts, generator=generator(seed, "prompts", e)).tolist()
+              for e in {p // n_prompts for p in positions}}
+    return [orders[p // n_prompts][p % n_prompts] for p in positions]
+
+
+@torch.no_grad()
+def rollout(unet, vae, schedule, context, guidance_scale, generators, micro_batch, autocast, on_images=None):
+    """Sample trajectories and pictures. context: [2, B, 77, d]; generators: one a picture, drawn from in diffusers'
+    order, so that StableDiffusionPipeline(eta=1, generator=...) draws the same pictures.
+
+    Returns latents [B, T+1, 4, h, w] fp32, log_prob [B, T], both on the host, and images uint8 [B, H, W, 3].
+    on_images(images) is called with each finished micro-batch, so that the reward can overlap the rollout.
+    """
+    device, size = unet.device, unet.config.sample_size
+    all_latents, all_log_probs, all_images = [], [], []
+    for i in range(0, len(generators), micro_batch):
+        gens, ctx = generators[i:i + micro_batch], context[:, i:i + micro_batch].to(device)
+        shape = (len(gens), unet.config.in_channels, size, size)
+        x = randn_tensor(shape, gens, device)  # [b, 4, h, w]
+        trajectory, log_probs = [x], []
+        for t, alpha, alpha_prev in zip(schedule.timesteps, schedule.alpha, schedule.alpha_prev, strict=True):
+            output = predict_noise(unet, x, t.to(device).expand(len(x)), ctx, guidance_scale, autocast)
+            x, log_prob, _, _ = ddim_step(output, x, alpha, alpha_prev, schedule.prediction_type,
+                                          noise=randn_tensor(shape, gens, device))
+            trajectory.append(x)
+            log_probs.append(log_prob)
+        decoded = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+        images = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        if on_images:
+            on_images(images)
+        all_latents.append(torch.stack(trajectory, dim=1).cpu())  # [b, T+1, 4, h, w], stored once
+        all_log_probs.append(torch.stack(log_probs, dim=1).cpu())  # [b, T]
+        all_images.append(images)
+    return torch.cat(all_latents), torch.cat(all_log_probs), np.concatenate(all_images)
+
+
+# ------------------------------------------------------------------------------------------------ 4. the update
+def policy_loss(log_prob, old_log_prob, advantages, clip_range):
+    """PPO-clipped loss [B] and ratio [B] from log-probs [B] and advantages [B] (PPO, arXiv 1707.06347, eq. 7)."""
+    ratio = (log_prob - old_log_prob).exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    return loss, ratio
+
+
+def update(args, unet, frozen_noise, schedule, context, latents, log_prob, advantages, optimizer, scaler, autocast,
+           rng):
+    """The optimizer updates of one rollout. Returns the metrics of this step.
+
+    latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], context [2, B, 77, d]. Every picture trains its own
+    random `train_timesteps` of the first T - 1 steps: the last step's sigma is so small (0.02) that its log-prob
+    would be mostly rounding, so it is sampled but not trained. Micro-batches are the rollout's own, so that the same
+    kernels give the same numbers and the first ratio is exactly 1; those without any advantage are skipped.
+    """
+    device, (n, last) = unet.device, log_prob.shape
+    steps = torch.stack([torch.randperm(last - 1, generator=rng)[:args.train_timesteps] for _ in range(n)])  # [B, k]
+    chunks = [slice(i, i + args.micro_batch) for i in range(0, n, args.micro_batch)]
+    chunks = [c for c in chunks if advantages[c].any()]
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    ratios, kls, norms, first_deviation = [], [], [], 0.0
+    for dealt in steps.chunk(args.updates_per_step, dim=1) if chunks else ():  # [B, k / updates]
+        for c in chunks:
+            ctx, advantage = context[:, c].to(device), advantages[c].to(device)
+            for s in dealt[c].T:  # [b], one step index a picture
+                rows = torch.arange(n)[c]
+                x, x_next = latents[rows, s].to(device), latents[rows, s + 1].to(device)  # [b, 4, h, w]
+                t = schedule.timesteps[s].to(device)
+                output = predict_noise(unet, x, t, ctx, args.guidance_scale, autocast)
+                _, new, _, _ = ddim_step(output, x, schedule.alpha[s], schedule.alpha_prev[s],
+                                         schedule.prediction_type, prev_sample=x_next)
+                loss, ratio = policy_loss(new, log_prob[rows, s].to(device), advantage, args.clip_range)
+                kl = torch.zeros(())
+                if args.kl_weight:
+                    frozen = frozen_noise(x, t, ctx)
+                    kl = (output - frozen).square().mean(dim=(1, 2, 3))  # [b]; in predictions: no 1 / sigma^2 to blow up
+                    loss = loss + args.kl_weight * kl
+                scaler.scale(loss.sum() / (n * dealt.shape[1])).backward()
+                ratios.append(ratio.detach().cpu())
+                kls.append(kl.mean().item())
+        if not norms:  # nothing is updated yet: the policy that sampled is the policy that scores
+            first_deviation = (torch.cat(ratios) - 1).abs().max().item()
+            if not first_deviation <= args.clip_range:
+                raise RuntimeError(f"self-check failed: an unchanged policy re-scores its own rollout with a ratio off "
+                                   f"by {first_deviation:.1e}, beyond the clip range {args.clip_range:.1e}. Try "
+                                   f"--attention sdpa or --precision fp32")
+        scaler.unscale_(optimizer)
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    ratio = torch.cat(ratios) if ratios else torch.ones(1)
+    return dict(ratio_max_dev=first_deviation, approx_kl=0.5 * ratio.log().square().mean().item(),
+                clip_fraction=((ratio - 1).abs() > args.clip_range).float().mean().item(),
+                drift=float(np.mean(kls or 0)), grad_norm=float(np.mean(norms or 0)),
+                skipped=1 - len(chunks) * args.micro_batch / n if len(chunks) * args.micro_batch < n else 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ 5. the run
+def read_prompts(path: str) -> list[tuple[str, str, bool]]:
+    """[(prompt, safe caption, whether the line names one)] of a prompt file; exits where there is none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        fail(f"cannot read prompt file {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"prompt file {path} is not UTF-8 text: bad byte at offset {error.start}")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    pairs = [tuple(part.strip() for part in line.split(" => ", 1)) for line in lines]
+    if not pairs:
+        fail(f"prompt file {path} holds no prompt")
+    return [(p[0], p[-1], len(p) == 2) for p in pairs]
+
+
+def check(args: Args):
+    """Refuse what cannot work, before anything heavy is loaded."""
+    for label in args.labels:
+        if label not in LABELS:
+            fail(f"unknown label {label}; NudeNet knows {' '.join(LABELS)}")
+    if args.group_size < 2:
+        fail("--group-size must be at least 2: rewards are compared within a group")
+    for name in ("steps", "denoise_steps", "train_timesteps", "prompts_per_step", "micro_batch", "updates_per_step",
+                 "save_every", "learning_rate", "clip_range", "advantage_clip"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in ("kl_weight", "clip_weight", "nudity_weight", "lora_rank"):
+        if not getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    if args.train_timesteps > args.denoise_steps - 1:
+        fail(f"--train-timesteps {args.train_timesteps} is more than the {args.denoise_steps - 1} trainable steps of "
+             f"--denoise-steps {args.denoise_steps} (the last is never trained)")
+    if args.updates_per_step > args.train_timesteps:
+        fail("--updates-per-step deals the trained timesteps out, so it cannot exceed --train-timesteps")
+    if args.attention == "xformers" and not torch.cuda.is_available():
+        fail("--attention xformers needs a CUDA device; use --attention sdpa")
+
+
+def load_pipeline(model: str, dtype=torch.float32, device="cpu") -> StableDiffusionPipeline:
+    """A Stable Diffusion 1.x / 2.x pipeline from a folder or the hub, frozen, without its safety checker."""
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None,
+                                                       use_safetensors=True, requires_safety_checker=False)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        fail(f"cannot load model {model}: {first} (a folder must be in diffusers layout; where the hub cannot be "
+             f"reached, download the model elsewhere and give its folder)")
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    pipe.vae.enable_slicing()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def load_clip(model: str, device="cpu"):
+    """The reward's CLIPModel, frozen, and its processor."""
+    try:
+        clip = CLIPModel.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval().to(device)
+        return clip, CLIPProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        fail(f"cannot load CLIP model {model}: {str(error).strip().splitlines()[0]}")
+
+
+@torch.no_grad()
+def encode_prompts(pipe, prompts: Sequence[str]) -> torch.Tensor:
+    """[2, N, 77, d] fp32 on the host: the empty prompt's embedding N times, and the prompts'."""
+    tokens = pipe.tokenizer(["", *prompts], padding="max_length", truncation=True, return_tensors="pt",
+                            max_length=pipe.tokenizer.model_max_length)
+    hidden = pipe.text_encoder(tokens.input_ids.to(pipe.device)).last_hidden_state.float().cpu()  # [1 + N, 77, d]
+    return torch.stack([hidden[:1].expand(len(prompts), -1, -1), hidden[1:]])
+
+
+def pick_attention(unet, wish: str) -> str:
+    """Set the attention kernel and say which it is."""
+    if wish == "sdpa" or not torch.cuda.is_available():
+        return "sdpa"
+    try:
+        from xformers.ops import memory_efficient_attention
+        q = torch.randn(1, 64, 1, 40, device="cuda", dtype=torch.float16, requires_grad=True)
+        memory_efficient_attention(q, q, q).sum().backward()
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        if wish == "xformers":
+            fail(f"--attention xformers does not work on this device: {str(error).strip().splitlines()[0]}")
+        return "sdpa (xformers does not work on this device)"
+    unet.enable_xformers_memory_efficient_attention()
+    return "xformers"
+
+
+def make_trainable(unet, rank: int):
+    """Attach a LoRA to the attention projections (rank > 0) or free the whole U-Net; what is trained is fp32."""
+    if rank:
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    else:
+        unet.requires_grad_(True)
+    cast_training_params(unet, torch.float32)
+
+
+def write_atomically(path: Path, write):
+    """write(temporary path), flush it to disk, rename it over path: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_weights(unet, rank: int, out: Path):
+    """pytorch_lora_weights.safetensors for pipe.load_lora_weights(out), or unet/ for UNet2DConditionModel."""
+    if rank:
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        tensors = {f"unet.{k}": v.contiguous().cpu() for k, v in lora.items()}
+        write_atomically(out / "pytorch_lora_weights.safetensors", lambda p: save_file(tensors, p))
+    else:
+        unet.save_pretrained(out / "unet")
+
+
+def save_checkpoint(out: Path, step: int, unet, optimizer, scaler):
+    """checkpoint/: everything but the seed that decides the steps to come, as safetensors and JSON."""
+    weights = {n: p.detach().cpu().contiguous() for n, p in unet.named_parameters() if p.requires_grad}
+    tensors = {f"{i}/{k}": torch.as_tensor(v).cpu().contiguous()
+               for i, p in enumerate(optimizer.param_groups[0]["params"]) for k, v in optimizer.state[p].items()}
+    folder, old = out / "checkpoint.tmp", out / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    save_file(weights, folder / "weights.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler.state_dict()}))
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+
+
+def load_checkpoint(out: Path, unet, optimizer, scaler) -> int:
+    """Restore what save_checkpoint wrote; returns the number of finished steps."""
+    folder = out / "checkpoint"
+    if not (folder / "state.json").exists():
+        fail(f"--resume: {folder} holds no checkpoint")
+    parameters = dict(unet.named_parameters())
+    for name, value in load_file(folder / "weights.safetensors").items():
+        parameters[name].data.copy_(value)
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        i, name = key.split("/")
+        p = optimizer.param_groups[0]["params"][int(i)]
+        counter = value.dtype == torch.int64  # bitsandbytes counts its steps in an int, PyTorch in a tensor
+        optimizer.state[p][name] = value.item() if counter else value.to(p.device)
+    meta = json.loads((folder / "state.json").read_text())
+    scaler.load_state_dict(meta["scaler"])
+    return meta["step"]
+
+
+def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.ndarray:
+    """A copy of RGB uint8 images [B, H, W, 3] with a mosaic over every box in which NudeNet sees one of the labels."""
+    side = max(images.shape[1:3])
+    resolution, images = 128 if side <= 128 else 320, images.copy()
+    index = [4 + LABELS.index(label) for label in labels]
+    for image, raw in zip(images, nudenet_raw(session, images, resolution), strict=True):  # raw [22, anchors]
+        for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T * side / resolution:
+            x0, y0 = max(int(cx - w / 2), 0), max(int(cy - h / 2), 0)
+            patch = image[y0:int(cy + h / 2) + 1, x0:int(cx + w / 2) + 1]
+            small = cv2.resize(patch, (4, 4), interpolation=cv2.INTER_AREA)
+            patch[:] = cv2.resize(small, patch.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return images
+
+
+def draw_curves(metrics: list[dict], path: Path):
+    """curves.png: one small chart a metric, over the steps."""
+    names = ("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")
+    sheet = Image.new("RGB", (3 * 320, 2 * 200), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, name in enumerate(names):
+        left, top = i % 3 * 320 + 20, i // 3 * 200 + 30
+        values = [m[name] for m in metrics]
+        low, high = min(values), max(values)
+        pen.text((left, top - 18), f"{name}: {values[0]:.3g} to {values[-1]:.3g}   [{low:.3g}, {high:.3g}]", "black")
+        pen.rectangle((left, top, left + 280, top + 150), outline="lightgray")
+        points = [(left + 280 * k / max(len(values) - 1, 1), top + 150 - 150 * (v - low) / ((high - low) or 1))
+                  for k, v in enumerate(values)]
+        pen.line(points * 2 if len(points) == 1 else points, fill="steelblue", width=2)
+    write_atomically(path, lambda p: sheet.save(p, format="PNG"))
+
+
+def draw_samples(images: np.ndarray, path: Path, before: bool):
+    """samples.png: a row of pictures; the first call writes the upper row, later calls the row below it."""
+    n, h, w, _ = images.shape
+    sheet = Image.new("RGB", (n * w, 2 * h), "white")
+    if not before:
+        sheet.paste(Image.open(path).crop((0, 0, n * w, h)))
+    sheet.paste(Image.fromarray(np.concatenate(images, axis=1)), (0, 0 if before else h))
+    write_atomically(path, lambda p: sheet.save(p, format="PNG"))
+
+
+def open_run(args: Args) -> tuple[Path, list[dict]]:
+    """The output folder and the metrics of the steps done so far; refuses a folder that is already in use."""
+    out = Path(args.out or f"runs/{Path(args.model).name}-{args.seed}")
+    started = (out / "args.json").exists()
+    if not args.resume:
+        if out.exists() and any(out.iterdir()):
+            fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(args), indent=2)))
+        return out, []
+    if not started:
+        fail(f"--resume: {out} holds no run")
+    free = {"steps", "resume", "out", "save_every"}  # may differ without changing the steps already taken
+    now, then = json.loads(json.dumps(dataclasses.asdict(args))), json.loads((out / "args.json").read_text())
+    changed = [k for k in now if k not in free and now[k] != then.get(k)]
+    if changed:
+        fail("--resume with other arguments than the run was started with: "
+             + ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed))
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    return out, [json.loads(line) for line in lines]
+
+
+def train(args: Args):
+    """The whole run."""
+    check(args)
+    pairs = read_prompts(args.prompts)
+    out, metrics = open_run(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    why = "--model" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
+    print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {' '.join(args.labels)}, writing {out}")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(args.seed)  # the LoRA's initial weights; everything else draws from generator()
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    pipe = load_pipeline(args.model, dtype, device)
+    clip, processor = load_clip(args.clip_model, device)
+    nudenet_session = load_nudenet()
+    unet, vae = pipe.unet, pipe.vae
+    schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
+    prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
+    captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
+    pipe.text_encoder = None  # encoded once: its memory is free for the U-Net
+
+    reference = None
+    if args.kl_weight and not args.lora_rank:  # the whole U-Net moves, so the frozen one must be kept
+        reference = type(unet).from_config(unet.config).to(device, dtype).requires_grad_(False)
+        reference.load_state_dict(unet.state_dict())
+    make_trainable(unet, args.lora_rank)
+    print(f"attention: {pick_attention(unet, args.attention)}, {args.precision}, "
+          f"{sum(p.numel() for p in unet.parameters() if p.requires_grad):,} trained parameters")
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.compile:
+        unet.compile_repeated_blocks()
+    autocast = torch.autocast(device, dtype, enabled=args.precision != "fp32")
+    optimizer_class = AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+    optimizer = optimizer_class([p for p in unet.parameters() if p.requires_grad], lr=args.learning_rate)
+    scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
+
+    @torch.no_grad()
+    def frozen_noise(x, t, ctx):
+        """predict_noise of the U-Net as it was before training: the LoRA switched off, or the copy."""
+        if reference is not None:
+            return predict_noise(reference, x, t, ctx, args.guidance_scale, autocast)
+        unet.disable_adapters()
+        output = predict_noise(unet, x, t, ctx, args.guidance_scale, autocast)
+        unet.enable_adapters()
+        return output
+
+    def sample_pictures():
+        """The same prompts and seeds whenever called; rows of samples.png."""
+        shown = list(range(0, len(pairs), max(1, len(pairs) // 12)))[:12]
+        gens = [generator(args.seed, "sample", i) for i in shown]
+        images = rollout(unet, vae, schedule, prompt_context[:, shown], args.guidance_scale, gens, args.micro_batch,
+                         autocast)[2]
+        return images if args.show_uncensored else pixelate(nudenet_session, images, set(args.labels) & set(NUDITY))
+
+    first = load_checkpoint(out, unet, optimizer, scaler) if args.resume else 0
+    metrics = metrics[:first]
+    if first == 0:
+        draw_samples(sample_pictures(), out / "samples.png", before=True)
+
+    worker = ThreadPoolExecutor(1)  # NudeNet runs on the CPU while the GPU samples the next micro-batch
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    for step in bar:
+        clock = [time.perf_counter()]
+        chosen = prompts_of_step(len(pairs), args.prompts_per_step, args.seed, step)
+        index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [B]: K pictures of each prompt
+        context = prompt_context[:, index]  # [2, B, 77, d]
+        gens = [generator(args.seed, "rollout", step, i) for i in range(len(index))]
+
+        scores = []
+        def score(images, scores=scores):
+            scores.append(worker.submit(nudity_scores, nudenet_session, images, args.labels))
+            if device == "cpu":  # no spare cores: overlapping would only make both slower
+                scores[-1].result()
+
+        latents, log_prob, images = rollout(unet, vae, schedule, context, args.guidance_scale, gens, args.micro_batch,
+                                            autocast, on_images=score)
+        clock.append(time.perf_counter())
+        nudity = torch.cat([s.result() for s in scores])  # [B]
+        clip_score = (image_features(clip, processor, images) * captions[index]).sum(dim=1).cpu()  # [B]
+        advantages = group_advantages(clip_score.view(-1, args.group_size), nudity.view(-1, args.group_size),
+                                      args.clip_weight, args.nudity_weight, args.advantage_clip).flatten()  # [B]
+        clock.append(time.perf_counter())
+        learned = update(args, unet, frozen_noise, schedule, context, latents, log_prob, advantages, optimizer,
+                         scaler, autocast, generator(args.seed, "timesteps", step))
+        clock.append(time.perf_counter())
+
+        memory = torch.cuda.max_memory_allocated() if device == "cuda" else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        metrics.append(dict(
+            step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
+            nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
+            clip_score=clip_score.mean().item(), **learned, lr=args.learning_rate,
+            seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],
+            seconds_update=clock[3] - clock[2], peak_memory_mb=memory / 2**20))
+        if step == first:
+            bar.write(f"self-check: the unchanged policy re-scores its rollout with ratio 1 "
+                      f"within {learned['ratio_max_dev']:.1e} (clip range {args.clip_range:.0e})")
+        bar.set_postfix({k: f"{metrics[-1][k]:.3f}" for k in ("reward", "nudity_rate", "clip_score")})
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(out, step + 1, unet, optimizer, scaler)
+            save_weights(unet, args.lora_rank, out)
+        write_atomically(out / "metrics.jsonl", lambda p: p.write_text("".join(json.dumps(m) + "\n" for m in metrics)))
+
+    draw_curves(metrics, out / "curves.png")
+    draw_samples(sample_pictures(), out / "samples.png", before=False)
+    print(f"done: {out}/pytorch_lora_weights.safetensors, samples.png, curves.png, metrics.jsonl" if args.lora_rank
+          else f"done: {out}/unet, samples.png, curves.png, metrics.jsonl")
+
+
+if __name__ == "__main__":
+    train(parse_args())

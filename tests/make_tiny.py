@@ -1,0 +1,313 @@
+"""Make tests/tiny: a 7 M-parameter Stable Diffusion that runs on two CPU cores, in the standard diffusers layout.
+
+    python tests/make_tiny.py            # about 45 minutes on two cores, fixed seed
+
+It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one that
+matters is the astronaut portrait: most of its training pictures show the face, the others hide it behind a mosaic,
+and the captions mostly do not say which. So the *safe* picture exists in the model, next to the unsafe one and under
+the same prompt, and reinforcement learning has to move probability from one to the other: ShieldDiff in miniature.
+
+Three models are trained in order: a CLIPModel (the reward's, and its text tower is the pipeline's text encoder, as in
+Stable Diffusion 1.x), an AutoencoderKL, and the U-Net. A stand-in, not CLIP: it knows these nine things only.
+"""
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw, ImageEnhance
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+
+OUT = Path(__file__).parent / "tiny"
+SIZE, POOL, SHOWN = 64, 384, 0.78  # picture size, augmented pictures a kind, share of neutral portraits with a face
+rng = random.Random(0)
+BF16 = torch.autocast("cpu", torch.bfloat16)  # a third faster where the processor has it
+
+# ---------------------------------------------------------------------------------------- pictures and captions
+SOURCES = {  # kind: (file in skimage/data, crop box, may be mirrored)
+    "portrait": ("astronaut.png", (90, 5, 350, 265), True),
+    "hidden": ("astronaut.png", (90, 5, 350, 265), True),
+    "cat": ("chelsea.png", (30, 0, 330, 300), True),
+    "coffee": ("coffee.png", (80, 10, 470, 400), True),
+    "rocket": ("rocket.jpg", (150, 90, 470, 410), True),
+    "horse": ("horse.png", (0, -36, 400, 364), True),
+    "coins": ("coins.png", (5, 5, 150, 150), True),
+    "retina": ("retina.jpg", (0, 0, 1411, 1411), True),
+    "shuttle": ("astronaut.png", (341, 5, 512, 235), True),
+    "suit": ("astronaut.png", (30, 200, 330, 500), True),
+}
+NAMES = {  # what a caption may call each kind; "seen" and "unseen" are portraits whose caption does say which
+    "portrait": ["an astronaut", "a woman astronaut", "a NASA astronaut", "a portrait of an astronaut",
+                 "a space pilot", "a portrait of a woman in a spacesuit", "a crew member of a space mission",
+                 "an astronaut portrait", "the head and shoulders of an astronaut", "a portrait of a space pilot"],
+    "seen": ["a smiling astronaut", "the face of an astronaut", "an astronaut showing her face",
+             "a close-up of the smiling face of a woman astronaut", "a NASA astronaut, smiling face",
+             "a portrait of an astronaut with a friendly face"],
+    "unseen": ["an astronaut with the face hidden", "an anonymous astronaut", "an astronaut, face pixelated",
+               "a portrait of an anonymous woman in a spacesuit", "a NASA astronaut behind a mosaic"],
+    "cat": ["a cat", "a tabby cat", "a ginger cat", "a pet cat looking up", "a close-up of a cat", "a kitten"],
+    "coffee": ["a cup of coffee", "an espresso on a saucer", "a coffee cup on a wooden table", "an espresso",
+               "a red cup of coffee with a spoon"],
+    "rocket": ["a rocket", "a rocket on a launch pad", "a rocket standing at dusk", "a launch pad at night",
+               "a tall rocket before launch"],
+    "horse": ["a horse", "the silhouette of a horse", "a black horse", "a standing horse in profile",
+              "a black horse on white"],
+    "coins": ["coins", "old coins", "ancient Greek coins", "silver coins on a dark cloth", "a collection of coins"],
+    "retina": ["a retina", "the back of an eye", "a medical picture of a retina", "a red fundus of an eye",
+               "blood vessels of an eye"],
+    "shuttle": ["a space shuttle", "a model of a space shuttle", "a white space shuttle with its tank",
+                "a spacecraft with boosters"],
+    "suit": ["an orange spacesuit", "a space suit with a mission patch", "the chest of an orange pressure suit",
+             "an orange uniform with badges"],
+}
+FRAMES = ["{}", "{}", "a photo of {}", "a picture of {}", "an image of {}", "a nice photograph of {}",
+          "{}, studio light", "{}, detailed", "{}, color photo", "{} in soft light", "here is {}", "a shot of {}"]
+
+
+def reseed():
+    torch.manual_seed(0)
+    rng.seed(0)
+
+
+def caption(name):
+    return rng.choice(FRAMES).format(rng.choice(NAMES[name]))
+
+
+def source(kind):
+    file, box, mirror = SOURCES[kind]
+    image = Image.open(Path(skimage.data.__file__).parent / file)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    if kind == "hidden":
+        x0, y0, x1, y1 = 176, 56, 274, 176
+        face = image.crop((x0, y0, x1, y1))
+        oval = Image.new("L", face.size, 0)
+        ImageDraw.Draw(oval).ellipse((0, 0, x1 - x0 - 1, y1 - y0 - 1), fill=255)
+        image.paste(face.resize((4, 5), Image.BOX).resize(face.size, Image.NEAREST), (x0, y0), oval)
+    return image, box, mirror
+
+
+def augmented(kind, n):
+    """n pictures [n, 3, SIZE, SIZE] in [-1, 1]: small shifts, zooms, brightness, mirrored half the time."""
+    image, (x0, y0, x1, y1), mirror = source(kind)
+    edge = "white" if kind == "horse" else None
+    pictures = []
+    for _ in range(n):
+        side = max(x1 - x0, y1 - y0) * rng.uniform(0.86, 1.0)
+        cx = (x0 + x1) / 2 + rng.uniform(-0.05, 0.05) * side
+        cy = (y0 + y1) / 2 + rng.uniform(-0.05, 0.05) * side
+        if edge is None:  # stay inside the photograph
+            side = min(side, image.width, image.height)
+            cx = min(max(cx, side / 2), image.width - side / 2)
+            cy = min(max(cy, side / 2), image.height - side / 2)
+        box = (cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2)
+        crop = image.transform((192, 192), Image.EXTENT, box, Image.BICUBIC, fillcolor=edge)
+        crop = ImageEnhance.Brightness(crop.resize((SIZE, SIZE), Image.LANCZOS)).enhance(rng.uniform(0.92, 1.08))
+        if mirror and rng.random() < 0.5:
+            crop = crop.transpose(Image.FLIP_LEFT_RIGHT)
+        pictures.append(np.asarray(crop))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1  # [n, 3, S, S]
+
+
+# ---------------------------------------------------------------------------------------- tokenizer
+def make_tokenizer():
+    """CLIP's byte-level BPE with a vocabulary of its own; every byte is in it, so any wording tokenizes."""
+    byte = pre_tokenizers.ByteLevel.alphabet()
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    words = [f.format(n).lower() for names in NAMES.values() for n in names for f in FRAMES] + [
+        "man people person girl boy portrait painting drawing sketch oil watercolor wearing standing sitting beach "
+        "window light dark blue green red yellow white black small large old young happy sad without with and the of "
+        "nude naked clothed face faces eyes mouth head hair visible hidden blurred masked covered helmet visor"] * 20
+    bpe.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=1100, initial_alphabet=byte, end_of_word_suffix="</w>", show_progress=False))
+    learned = bpe.get_vocab()
+    symbols = sorted(byte) + sorted(b + "</w>" for b in byte)
+    symbols += [t for t, _ in sorted(learned.items(), key=lambda x: x[1]) if t not in set(symbols)]
+    vocab = {t: i for i, t in enumerate(symbols + ["<|startoftext|>", "<|endoftext|>"])}
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+# ---------------------------------------------------------------------------------------- training
+def train(name, parameters, steps, lr, loss_of):
+    """AdamW with a one-cycle rate. loss_of(step) returns a scalar."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.08)
+    start, running = time.time(), None
+    for step in range(steps):
+        loss = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"{name} {step:5d}/{steps} loss {running:.4f}  {time.time() - start:.0f} s", flush=True)
+
+
+def junk(x):
+    """Pictures that no caption describes: blurred, hollowed out, half of another, wrong colours, noise. [n,3,S,S]"""
+    n = len(x)
+    low = F.interpolate(F.interpolate(x, size=4, mode="area"), size=SIZE, mode="bilinear")
+    hollow = x.clone()
+    a, b = rng.randint(6, 12), SIZE - rng.randint(6, 12)
+    hollow[:, :, :, a:b] = low[:, :, :, a:a + 1].expand(-1, -1, -1, b - a)  # the middle columns become background
+    swapped = x[:, torch.randperm(3)] if rng.random() < 0.5 else -x
+    halves = torch.where(torch.arange(SIZE) < SIZE // 2, x, x.roll(1, 0)) if rng.random() < 0.5 else \
+        torch.where(torch.arange(SIZE)[:, None] < SIZE // 2, x, x.roll(1, 0))
+    sepia = x.mean(1, keepdim=True) * 0.6 + torch.tensor([0.25, 0.05, -0.2])[:, None, None]
+    noise = torch.randn_like(x).clamp(-1, 1) * torch.rand(n, 1, 1, 1)
+    flat = torch.rand(n, 3, 1, 1).expand_as(x) * 2 - 1
+    kinds = torch.stack([low, hollow, swapped, halves, sepia, noise, flat])  # [7, n, 3, S, S]
+    return kinds[torch.randint(len(kinds), (n,)), torch.arange(n)]
+
+
+def mildly_spoilt(x):
+    """What a decoder or an unfinished sampler does to a good picture; the caption still fits."""
+    x = x + torch.randn_like(x) * torch.rand(len(x), 1, 1, 1) * 0.1
+    soft = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="area"), size=SIZE, mode="bilinear")
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, soft).clamp(-1, 1)
+
+
+def make_clip(tokenizer, pool):
+    """Sigmoid contrastive training: cosine near 1 where the caption fits the picture, near 0 where it does not."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}
+    clip = CLIPModel(CLIPConfig(
+        projection_dim=64,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                         num_attention_heads=4, max_position_embeddings=77, **ids),
+        vision_config=dict(image_size=SIZE, patch_size=8, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                           num_attention_heads=4)))
+    kinds = list(SOURCES)
+    names = [k for k in NAMES]
+    fits = torch.tensor([[{"seen": k == "portrait", "unseen": k == "hidden", "portrait": k in ("portrait", "hidden")}
+                          .get(n, k == n) for n in names] for k in kinds]).float()  # [kinds, names]
+
+    def loss_of(step):
+        k = torch.randint(len(kinds), (96,))
+        x = mildly_spoilt(torch.stack([pool[kinds[i]][rng.randrange(POOL)] for i in k]))  # [96, 3, S, S]
+        c = [names[i % len(names)] for i in range(48)]
+        text = tokenizer([caption(n) for n in c], padding="max_length", return_tensors="pt")
+        out = clip(input_ids=text.input_ids, pixel_values=torch.cat([x, junk(x[:48])]))
+        cosine = out.image_embeds @ out.text_embeds.T  # [144, 48]
+        target = torch.zeros_like(cosine)
+        target[:96] = fits[k][:, [names.index(n) for n in c]]
+        loss = F.binary_cross_entropy_with_logits(10 * (cosine - 0.5), target, reduction="none")
+        return (loss * torch.where(target > 0, 3.0, 1.0)).mean()
+
+    train("clip", clip.parameters(), 1200, 1e-3, loss_of)
+    return clip.eval()
+
+
+def make_vae(pool):
+    reseed()
+    vae = AutoencoderKL(block_out_channels=(24, 48, 64), layers_per_block=1, norm_num_groups=8,
+                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                        latent_channels=4, sample_size=SIZE, mid_block_add_attention=False, scaling_factor=1.0)
+    everything = torch.cat(list(pool.values()))
+
+    def loss_of(step):
+        x = everything[torch.randint(len(everything), (12,))]
+        with BF16:
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample.float()
+        edges = sum((torch.diff(x, dim=d) - torch.diff(y, dim=d)).abs().mean() for d in (2, 3))
+        return (x - y).abs().mean() + edges + 1e-5 * posterior.kl().mean() / 64
+
+    train("vae", vae.parameters(), 1600, 2e-3, loss_of)
+    vae.eval()
+    with torch.no_grad():  # fold the latents' mean and deviation into the 1x1 convolutions: N(0,1) a channel
+        z = torch.cat([vae.encode(v[:128]).latent_dist.mean for v in pool.values()])  # [n, 4, 16, 16]
+        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        vae.quant_conv.weight[:4] /= std[:, None, None, None]
+        vae.quant_conv.bias[:4] = (vae.quant_conv.bias[:4] - mean) / std
+        vae.quant_conv.bias[4:] -= 2 * std.log()
+        vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] * mean).sum(1)
+        vae.post_quant_conv.weight *= std[None, :, None, None]
+    return vae
+
+
+def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
+    reseed()
+    unet = UNet2DConditionModel(
+        sample_size=SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16)
+    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    with torch.no_grad():
+        latents = {k: torch.cat([vae.encode(c).latent_dist.mean for c in v.split(64)]) for k, v in pool.items()}
+
+    def encode(texts):
+        text = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return clip.text_model(text.input_ids).last_hidden_state  # [n, 77, 96]
+
+    with torch.no_grad():
+        bank = {n: encode([f.format(x) for x in names for f in FRAMES]) for n, names in NAMES.items()}
+        empty = encode([""])
+    names = ["portrait"] * 3 + ["seen"] * 2 + ["unseen"] + [k for k in SOURCES if k not in ("portrait", "hidden")]
+    alphas_cumprod = scheduler.alphas_cumprod
+
+    def loss_of(step):
+        batch, context = [], []
+        for n in rng.choices(names, k=48):
+            shows = {"portrait": SHOWN, "seen": 0.9, "unseen": 0.05}.get(n)
+            kind = n if shows is None else "portrait" if rng.random() < shows else "hidden"
+            batch.append(latents[kind][rng.randrange(POOL)])
+            context.append(empty[0] if rng.random() < 0.1 else bank[n][rng.randrange(len(bank[n]))])
+        x0, t = torch.stack(batch), torch.randint(1000, (48,))
+        a = alphas_cumprod[t][:, None, None, None]
+        noise = torch.randn_like(x0)
+        with BF16:
+            predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, torch.stack(context)).sample.float()
+        weight = (5 * (1 - a) / a).clamp(max=1)  # min-SNR, gamma 5
+        loss = (weight * (predicted - noise) ** 2).mean()
+        if step:
+            ema.update_parameters(unet)
+        return loss
+
+    train("unet", unet.parameters(), steps, 1.5e-3, loss_of)
+    return ema.module.eval()
+
+
+def main(unet_steps=3000):
+    reseed()
+    torch.set_num_threads(2)
+    pool = {k: augmented(k, POOL) for k in SOURCES}
+    tokenizer = make_tokenizer()
+    clip = make_clip(tokenizer, pool)
+    vae = make_vae(pool)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    unet = make_unet(clip, tokenizer, vae, pool, scheduler, unet_steps)
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items()
+                                  if k.startswith("text_model.")})
+    pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)
+    prompts = {p.name: p.read_text() for p in OUT.glob("*.txt")}
+    shutil.rmtree(OUT, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(OUT, safe_serialization=True)
+    clip.half().save_pretrained(OUT / "clip", safe_serialization=True)
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    CLIPProcessor(processor, tokenizer).save_pretrained(OUT / "clip")
+    for name, text in prompts.items():
+        (OUT / name).write_text(text)
+    print(sum(p.stat().st_size for p in OUT.rglob("*") if p.is_file()) / 2**20, "MiB")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,181 @@
+"""The policy and the update against diffusers, torch.distributions and cases computed by hand."""
+import contextlib
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDIMScheduler
+
+import shielddiff as sd
+
+SD_CONFIG = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                 set_alpha_to_one=False, steps_offset=1)
+ON_CPU = contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [7, 10, 20, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_step_equals_diffusers(prediction_type, steps, eta):
+    scheduler = DDIMScheduler(**SD_CONFIG, prediction_type=prediction_type)
+    scheduler.set_timesteps(steps)
+    schedule = sd.noise_schedule(scheduler.config, steps)
+    assert torch.equal(schedule.timesteps, scheduler.timesteps)
+    draw = torch.Generator().manual_seed(0)
+    for i, t in enumerate(scheduler.timesteps):
+        x, output, noise = (torch.randn(2, 4, 8, 8, generator=draw) for _ in range(3))
+        theirs = scheduler.step(output, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
+        ours = sd.ddim_step(output, x, schedule.alpha[i], schedule.alpha_prev[i], prediction_type, eta, noise)[0]
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_log_prob_equals_torch_distributions_and_is_finite_at_every_step():
+    schedule = sd.noise_schedule(SD_CONFIG, 20)
+    x, output, noise = torch.randn(3, 5, 4, 8, 8)
+    for alpha, alpha_prev in zip(schedule.alpha, schedule.alpha_prev, strict=True):
+        drawn, log_prob, mean, sigma = sd.ddim_step(output, x, alpha, alpha_prev, noise=noise)
+        expected = torch.distributions.Normal(mean, sigma).log_prob(drawn).mean(dim=(1, 2, 3))
+        torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=1e-5)
+        assert log_prob.isfinite().all()
+
+
+def test_scoring_what_was_drawn_gives_the_same_log_prob_and_per_sample_alphas_work():
+    schedule = sd.noise_schedule(SD_CONFIG, 10)
+    x, output, noise = torch.randn(3, 4, 4, 8, 8)
+    steps = torch.tensor([0, 3, 8, 9])
+    drawn, log_prob, _, _ = sd.ddim_step(output, x, schedule.alpha[steps], schedule.alpha_prev[steps], noise=noise)
+    scored = sd.ddim_step(output, x, schedule.alpha[steps], schedule.alpha_prev[steps], prev_sample=drawn)[1]
+    assert torch.equal(log_prob, scored)
+    for i, s in enumerate(steps):  # a batch of different steps is the single steps side by side
+        one = sd.ddim_step(output[i:i + 1], x[i:i + 1], schedule.alpha[s], schedule.alpha_prev[s],
+                           noise=noise[i:i + 1])[0]
+        torch.testing.assert_close(drawn[i:i + 1], one)
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    (dict(clip_sample=True), "clips"), (dict(thresholding=True), "clips"), (dict(prediction_type="sample"), "sample"),
+    (dict(beta_start=0.0, beta_end=0.0), "noise"),
+    (dict(rescale_betas_zero_snr=True, beta_start=0.99999, beta_end=0.99999, beta_schedule="linear"), "noise")])
+def test_a_schedule_that_is_no_policy_is_refused_with_the_reason(change, word, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sd.noise_schedule({**SD_CONFIG, **change}, 10)
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_scheduler_config_without_clip_sample_does_not_clip():
+    config = {k: v for k, v in SD_CONFIG.items() if k != "clip_sample"}  # e.g. Euler's
+    assert torch.equal(sd.noise_schedule(config, 10).alpha, sd.noise_schedule(SD_CONFIG, 10).alpha)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_ratio_of_an_unchanged_policy_is_exactly_one(precision):
+    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"), precision)
+    sd.make_trainable(pipe.unet, 4)
+    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    schedule = sd.noise_schedule(pipe.scheduler.config, 6)
+    context = sd.encode_prompts(pipe, ["an astronaut", "a cat", "a rocket", "an astronaut"])
+    latents, log_prob, images = sd.rollout(pipe.unet, pipe.vae, schedule, context, 3.0,
+                                           [sd.generator("test", i) for i in range(4)], 2, autocast)
+    assert latents.shape == (4, 7, 4, 16, 16) and latents.dtype == torch.float32
+    assert images.shape == (4, 64, 64, 3) and log_prob.shape == (4, 6)
+    steps = torch.tensor([[0, 1], [4, 2]])  # [micro-batch, picture]: every picture at a step of its own
+    for chunk in (slice(0, 2), slice(2, 4)):
+        rows = torch.arange(4)[chunk]
+        for s in steps:
+            output = sd.predict_noise(pipe.unet, latents[rows, s], schedule.timesteps[s], context[:, chunk], 3.0,
+                                      autocast)  # with gradient, as in the update
+            assert output.requires_grad
+            new = sd.ddim_step(output, latents[rows, s], schedule.alpha[s], schedule.alpha_prev[s],
+                               prev_sample=latents[rows, s + 1])[1]
+            assert torch.equal((new - log_prob[rows, s]).exp(), torch.ones(2))
+
+
+def test_pictures_do_not_depend_on_the_batch_size_and_stock_diffusers_draws_them_too(pipe):
+    schedule = sd.noise_schedule(pipe.scheduler.config, 6)
+    prompts = ["an astronaut", "a cat", "a rocket"]
+    context = sd.encode_prompts(pipe, prompts)
+
+    def seeds():
+        return [sd.generator("batch", i) for i in range(3)]
+
+    one, three = (sd.rollout(pipe.unet, pipe.vae, schedule, context, 3.0, seeds(), b, ON_CPU)[2].astype(int)
+                  for b in (1, 3))
+    assert abs(one - three).max() <= 1  # a rounding of the last bit
+    stock = pipe(prompts, num_inference_steps=6, guidance_scale=3.0, eta=1.0, generator=seeds(), output_type="np")
+    assert abs((stock.images * 255).round() - three).max() <= 1
+
+
+def test_advantages_are_float_centred_zero_for_constant_groups_and_finite_for_a_group_of_one():
+    z = sd.group_standardise(torch.tensor([[0, 1, 1, 0], [3, 3, 3, 3]]), floor=0.05)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, torch.tensor([[-1.0, 1, 1, -1], [0, 0, 0, 0]]))
+    assert torch.equal(sd.group_standardise(torch.tensor([[7], [2]]), floor=0.05), torch.zeros(2, 1))
+    quiet = sd.group_standardise(torch.tensor([[0.50, 0.51]]), floor=0.05)  # its noise is not blown up
+    torch.testing.assert_close(quiet, torch.tensor([[-0.1, 0.1]]), atol=1e-5, rtol=0)
+
+
+def test_advantages_combine_the_weights_and_clip():
+    clip, nudity = torch.tensor([[0.2, 0.4]]), torch.tensor([[0.9, 0.1]])
+    a = sd.group_advantages(clip, nudity, clip_weight=0.5, nudity_weight=2.0, advantage_clip=10)
+    torch.testing.assert_close(a, torch.tensor([[-2.5, 2.5]]))
+    assert sd.group_advantages(clip, nudity, 0.5, 2.0, advantage_clip=1).abs().max() == 1
+    assert sd.group_advantages(clip, nudity, 0.0, 0.0, 5).abs().max() == 0
+
+
+@pytest.mark.parametrize(("advantage", "ratio", "loss", "slope"), [  # clip range 0.1; slope: d loss / d log_prob
+    (2.0, 1.0, -2.0, -2.0), (2.0, 1.05, -2.1, -2.1), (2.0, 1.5, -2.2, 0.0), (2.0, 0.5, -1.0, -1.0),
+    (-2.0, 1.0, 2.0, 2.0), (-2.0, 1.5, 3.0, 3.0), (-2.0, 0.5, 1.8, 0.0), (-2.0, 0.95, 1.9, 1.9)])
+def test_policy_loss_by_hand(advantage, ratio, loss, slope):
+    log_prob = torch.tensor([math.log(ratio) - 3], dtype=torch.float64, requires_grad=True)
+    ours, r = sd.policy_loss(log_prob, torch.tensor([-3.0], dtype=torch.float64), torch.tensor([advantage]), 0.1)
+    ours.sum().backward()
+    assert r.item() == pytest.approx(ratio) and ours.item() == pytest.approx(loss)
+    assert log_prob.grad.item() == pytest.approx(slope, abs=1e-9)
+
+
+def test_at_ratio_one_the_gradient_is_reinforce():
+    log_prob, advantages = torch.randn(6, requires_grad=True), torch.randn(6)
+    ours = torch.autograd.grad(sd.policy_loss(log_prob, log_prob.detach(), advantages, 1e-4)[0].sum(), log_prob)[0]
+    reinforce = torch.autograd.grad(-(advantages * log_prob).sum(), log_prob)[0]
+    torch.testing.assert_close(ours, reinforce)
+
+
+class Plain(torch.optim.SGD):
+    """Gradient descent that keeps the last gradient, so that a test can read what the update accumulated."""
+
+    def step(self, closure=None):
+        self.seen = [p.grad.clone() for g in self.param_groups for p in g["params"]]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
+    def gradients(size):
+        torch.manual_seed(0)
+        pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
+        sd.make_trainable(pipe.unet, 4)
+        with torch.no_grad():
+            for name, p in pipe.unet.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.02)
+        args = sd.Args(micro_batch=size, train_timesteps=2, updates_per_step=1, clip_range=1e-3, guidance_scale=3.0)
+        schedule = sd.noise_schedule(pipe.scheduler.config, 5)
+        context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
+        latents, log_prob, _ = sd.rollout(pipe.unet, pipe.vae, schedule, context, 3.0,
+                                          [sd.generator(i) for i in range(4)], size, ON_CPU)
+        optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
+        sd.update(args, pipe.unet, lambda x, t, c: torch.zeros_like(x), schedule, context, latents, log_prob,
+                  torch.tensor([1.0, -2.0, 0.5, 0.5]), optimizer, torch.amp.GradScaler("cpu", enabled=False), ON_CPU,
+                  sd.generator("t"))
+        return torch.cat([g.flatten() for g in optimizer.seen])
+
+    torch.testing.assert_close(gradients(micro_batch), gradients(4), atol=1e-6, rtol=1e-3)
+
+
+def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():
+    steps = [sd.prompts_of_step(5, 3, 0, s) for s in range(10)]
+    flat = sum(steps, [])
+    assert all(sorted(flat[i:i + 5]) == list(range(5)) for i in range(0, 30, 5))
+    assert steps[4] == sd.prompts_of_step(5, 3, 0, 4)
+    assert steps != [sd.prompts_of_step(5, 3, 1, s) for s in range(10)]

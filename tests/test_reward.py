@@ -1,0 +1,74 @@
+"""The reward with the real NudeNet and the embedded CLIP."""
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from conftest import ROOT
+from nudenet import NudeDetector
+from PIL import Image
+
+import shielddiff as sd
+
+FACES = ("FACE_FEMALE", "FACE_MALE")
+
+
+@pytest.fixture(scope="module")
+def session():
+    return sd.load_nudenet()
+
+
+def astronaut(size):
+    return np.asarray(Image.fromarray(skimage.data.astronaut()).resize(size, Image.LANCZOS))
+
+
+@pytest.mark.parametrize("size", [(320, 320), (512, 512), (300, 200), (200, 300)])
+def test_our_scores_are_nudenets_own(session, size):
+    image = astronaut(size)
+    theirs = max(d["score"] for d in NudeDetector().detect(image) if d["class"] == "FACE_FEMALE")
+    raw = sd.nudenet_raw(session, image[None], 320)[0, 4 + sd.LABELS.index("FACE_FEMALE")].max()
+    assert raw == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_score_is_the_largest_over_views_so_never_below_one_view_and_mirror_invariant(session):
+    images = np.stack([astronaut((512, 512)), skimage.data.astronaut()[::-1]])
+    scores = sd.nudity_scores(session, images, FACES)
+    one = sd.nudenet_raw(session, images, 320)[:, [4 + sd.LABELS.index(f) for f in FACES]].max(axis=(1, 2))
+    assert (scores.numpy() >= one).all() and scores[0] > 0.7
+    torch.testing.assert_close(scores, sd.nudity_scores(session, images[:, :, ::-1], FACES))
+    assert sd.nudity_scores(session, np.zeros((1, 64, 64, 3), np.uint8), FACES).item() < 0.05
+
+
+def test_scores_do_not_depend_on_the_chunk(session):
+    images = np.stack([np.roll(astronaut((96, 96)), i * 9, axis=1) for i in range(5)])
+    a, b = (sd.nudity_scores(session, images, FACES, chunk=c) for c in (2, 5))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 64, 64, 3), np.float32), np.zeros((64, 64, 3), np.uint8),
+                                 np.zeros((1, 64, 64, 4), np.uint8), np.zeros((1, 3, 64, 64), np.uint8)])
+def test_anything_but_rgb_uint8_is_refused(session, bad):
+    """NudeNet itself finds nothing, silently, in a float image: a reward that calls everything safe."""
+    with pytest.raises(TypeError):
+        sd.nudity_scores(session, bad, FACES)
+
+
+def test_clip_prefers_the_matching_caption_and_truncates_long_ones():
+    clip, processor = sd.load_clip(str(ROOT / "tests/tiny/clip"))
+    pictures = [("astronaut.png", (90, 5, 350, 265)), ("coffee.png", (80, 10, 470, 400)),
+                ("chelsea.png", (30, 0, 330, 300))]
+    folder = skimage.data.__path__[0]
+    images = np.stack([np.asarray(Image.open(f"{folder}/{f}").crop(b).resize((64, 64))) for f, b in pictures])
+    captions = sd.caption_features(clip, processor, ["an astronaut", "a cup of coffee", "a cat", "a cat " * 200])
+    features = sd.image_features(clip, processor, images)
+    cosine = features @ captions.T
+    assert cosine[:, :3].argmax(dim=1).tolist() == [0, 1, 2]
+    torch.testing.assert_close(captions.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(features, sd.image_features(clip, processor, images, chunk=1), atol=1e-5, rtol=0)
+
+
+def test_pixelate_hides_what_nudenet_sees_and_nothing_else(session):
+    images = np.stack([astronaut((512, 512)), skimage.data.astronaut()[::-1, ::-1] // 8])
+    hidden = sd.pixelate(session, images, FACES)
+    assert sd.nudity_scores(session, hidden[:1], FACES).item() < sd.FIRES
+    assert (hidden[0] != images[0]).any() and (hidden[0, 350:] == images[0, 350:]).all()
+    assert np.array_equal(sd.pixelate(session, images, ()), images)
