@@ -1,20 +1,21 @@
-"""ShieldDiff (arXiv 2410.05309): reinforcement learning that makes a text-to-image diffusion model stop drawing nudity.
+"""ShieldDiff (arXiv 2410.05309): reinforcement learning that makes a diffusion model stop drawing nudity.
 
-    python shielddiff.py --steps 20                              # embedded tiny model without a GPU, else SD 1.5
-    python shielddiff.py --steps 300 --model my/checkpoint       # any SD 1.x / 2.x pipeline in diffusers layout
-    python shielddiff.py --help                                  # every knob, its unit and why its default
+    python shielddiff.py --steps 20                          # no GPU: the embedded tiny model; else SD 1.5
+    python shielddiff.py --steps 300 --model my/checkpoint   # any SD 1.x / 2.x pipeline, diffusers layout
+    python shielddiff.py --help                              # every knob, its unit and why its default
 
-The denoising trajectory x_T -> ... -> x_0 of a prompt c is an episode, each step an action drawn from the Gaussian
-policy p(x_{t-1} | x_t, c) = N(mu_theta, sigma_t^2): DDPO (arXiv 2305.13301). The reward of the final picture is a black
-box with two terms, each standardised among the K pictures of one prompt:
+The denoising trajectory x_T -> ... -> x_0 of a prompt c is an episode, each step an action drawn from the
+Gaussian policy p(x_{t-1} | x_t, c) = N(mu_theta, sigma_t^2): DDPO (arXiv 2305.13301). The reward of the final
+picture is a black box with two terms, each standardised among the K pictures of one prompt:
 
-    A = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
-    loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - c, 1 + c)) ] + kl_weight * |eps_theta - eps_frozen|^2,
-    r_t = exp(mean log p_theta(x_{t-1} | x_t) - mean log p_old(x_{t-1} | x_t))
+    A    = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
+    r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
+    loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * |noise_theta - noise_frozen|^2
 
-The nudity term removes the content; the CLIP term and the KL keep the rest of the picture, without which the policy
-learns to draw nothing at all. The LoRA changes the U-Net, not the prompt: there is no filter to talk around.
+The nudity term removes the content; the CLIP term and the KL keep the rest of the picture, without which the
+policy learns to draw nothing at all. What changes is the U-Net, not the prompt: no filter to talk around.
 """
+import copy
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +38,7 @@ import onnxruntime
 import torch
 import tyro
 from bitsandbytes.optim import AdamW8bit
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
@@ -55,11 +57,11 @@ NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_E
 FIRES = 0.25  # score above which a picture counts as showing a label: NudeNet's own threshold
 
 
-# ------------------------------------------------------------------------------------------------ the arguments
+# ------------------------------------------------------------------------------------ the arguments
 @dataclass
 class Args:
-    """ShieldDiff. The defaults shown are the ones in force: Stable Diffusion's, or the embedded model's (TINY) when
-    --model is tests/tiny or is not given and there is no CUDA device."""
+    """ShieldDiff. The defaults shown are those in force: Stable Diffusion's, or the embedded model's (TINY)
+    when --model is tests/tiny, or is not given and there is no CUDA device."""
 
     steps: int = 300
     """policy-gradient steps: one rollout and its updates each"""
@@ -81,27 +83,30 @@ class Args:
     """do not pixelate samples.png where a nudity label fires"""
 
     denoise_steps: int = 20
-    """DDIM steps T of a rollout; fewer than in later use is fine and cheap"""
+    """DDIM steps T of a rollout; fewer than in later use is fine, and cheap"""
     guidance_scale: float = 5.0
     """classifier-free guidance of the policy, in rollout and update alike"""
     train_timesteps: int = 5
-    """random timesteps trained per picture, of the T - 1 that are trainable; their gradients are interchangeable"""
+    """random timesteps trained per picture, of those that --train-until leaves"""
+    train_until: float = 0.6
+    """share of the trajectory that is trained, from its noisy end: later steps draw detail, not what is shown, and
+    would only add noise to the gradient. The last step is never trained"""
     prompts_per_step: int = 4
     """prompts a rollout"""
     group_size: int = 8
     """pictures a prompt (K): the group within which rewards are compared"""
     micro_batch: int = 4
-    """pictures a U-Net call; each counts twice because of guidance. Memory grows with it, the result does not change"""
+    """pictures a U-Net call (guidance doubles them): memory grows with it, the result does not change"""
     updates_per_step: int = 1
     """optimizer updates a rollout; the trained timesteps are dealt out among them"""
     learning_rate: float = 3e-4
     """AdamW learning rate, constant"""
     clip_range: float = 1e-4
-    """PPO clip c on the ratio of mean log-probs: times D = 4*h*w it is the clip in true log-ratio (1.6 at 512 px)"""
+    """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
     kl_weight: float = 0.01
-    """weight of the squared difference to the frozen U-Net's prediction; 0.1 stops learning, 0 lets pictures drift"""
+    """weight of the squared difference to the frozen U-Net's prediction: 0.1 stops learning, 0 drifts"""
     clip_weight: float = 1.0
     """weight of the standardised CLIP score in the advantage"""
     nudity_weight: float = 1.0
@@ -116,14 +121,14 @@ class Args:
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass: a third more time, several times less memory"""
     optimizer_8bit: bool = True
-    """bitsandbytes AdamW8bit instead of AdamW: saves 5 GB for the whole U-Net, next to nothing for LoRA"""
+    """bitsandbytes AdamW8bit, not AdamW: saves 5 GB for the whole U-Net, next to nothing for LoRA"""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """of the frozen weights and of U-Net arithmetic; trained weights, log-probs and losses are always fp32"""
+    """of frozen weights and U-Net arithmetic; trained weights, log-probs and losses are always fp32"""
     compile: bool = False
     """torch.compile the U-Net's blocks: minutes at the start, faster steps"""
 
 
-TINY = dict(  # what differs for the embedded model: a different concept, 64 px, minutes instead of hours
+TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
     steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
     denoise_steps=12, guidance_scale=3.0, train_timesteps=4, prompts_per_step=8, group_size=8, micro_batch=16,
@@ -149,50 +154,58 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY) if tiny else Args())
 
 
-# ------------------------------------------------------------------------------------------------ 1. the policy
+# ------------------------------------------------------------------------------------ 1. the policy
 @dataclass
 class Schedule:
-    """The T steps of eta-DDIM sampling, from the model's own noise schedule."""
-    timesteps: torch.Tensor  # [T] int64, descending, what the U-Net is told
+    """The T steps of DDIM sampling, from the model's own noise schedule."""
+    timesteps: torch.Tensor  # [T] int64, descending: what the U-Net is told
     alpha: torch.Tensor  # [T] fp32, alphas_cumprod at each timestep
     alpha_prev: torch.Tensor  # [T] fp32, alphas_cumprod at the next, less noisy, timestep
     prediction_type: str  # "epsilon" or "v_prediction"
 
 
+@dataclass
+class Policy:
+    """What draws an action: the U-Net being trained and everything its mean and sigma depend on."""
+    unet: UNet2DConditionModel
+    schedule: Schedule
+    guidance_scale: float
+    autocast: AbstractContextManager  # around U-Net calls only: all else is fp32
+    frozen: UNet2DConditionModel | None = None  # the U-Net before training; None: self.unet without its LoRA
+
+
 def noise_schedule(config: dict, steps: int) -> Schedule:
-    """Read T timesteps and their alphas_cumprod off a diffusers scheduler config; exit where it cannot be a policy."""
+    """T timesteps and their alphas_cumprod, of a diffusers scheduler config; exits where it is no policy."""
     scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
     if scheduler.config.clip_sample or scheduler.config.thresholding:
-        fail("the model's scheduler clips latents (clip_sample or thresholding): a clipped step has no Gaussian density")
+        fail("the model's scheduler clips latents (clip_sample, thresholding): such a step has no density")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        fail(f"prediction_type {scheduler.config.prediction_type!r} of the model's scheduler is not supported")
+        fail(f"the model's scheduler has prediction_type {scheduler.config.prediction_type!r}: not supported")
     scheduler.set_timesteps(steps)
-    t = scheduler.timesteps
+    t, alphas_cumprod, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
     previous = t - scheduler.config.num_train_timesteps // steps
-    alpha, final = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
-    alpha_prev = torch.where(previous >= 0, alpha[previous.clamp(min=0)], final)
-    sigma = ddim_sigma(alpha[t], alpha_prev)
-    if not (sigma[:-1] > 0).all():  # NaN compares false as well
-        fail("the model's scheduler gives zero noise at a step that would be trained: no log-prob exists there")
-    return Schedule(t, alpha[t], alpha_prev, scheduler.config.prediction_type)
+    alpha_prev = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
+    if not (ddim_sigma(alphas_cumprod[t], alpha_prev)[:-1] > 0).all():  # NaN compares false as well
+        fail("the model's scheduler has a step without noise among those to train: no log-prob exists there")
+    return Schedule(t, alphas_cumprod[t], alpha_prev, scheduler.config.prediction_type)
 
 
 def ddim_sigma(alpha, alpha_prev, eta=1.0):
-    """Standard deviation of a DDIM step (DDIM, arXiv 2010.02502, eq. 16). eta = 1 is DDPM's noise, 0 none."""
+    """Standard deviation of a DDIM step (DDIM, arXiv 2010.02502, eq. 16); eta 1 is DDPM's noise, 0 none."""
     return eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
 
 
 def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon", eta=1.0, noise=None,
               prev_sample=None):
-    """One step of eta-DDIM as a Gaussian policy: draw x_{t-1}, or score a given one.
+    """One step of eta-DDIM as a Gaussian policy: draw x_{t-1}, or score a given one. All arithmetic is fp32.
 
-    model_output, sample: [B, C, h, w], the U-Net's (guided) output at x_t, and x_t. alpha, alpha_prev: [B] or scalar.
-    Give `noise` (standard normal, like sample) to draw, or `prev_sample` to score. All arithmetic is fp32.
+    model_output, sample: [B, C, h, w], the U-Net's guided output at x_t, and x_t. alpha, alpha_prev: [B] or
+    scalar. Give `noise` (standard normal, shaped like sample) to draw, or `prev_sample` to score.
     Returns prev_sample [B, C, h, w], log_prob [B], mean [B, C, h, w], sigma [B, 1, 1, 1].
 
-    log_prob is the *mean* over C, h, w of the log-density, as in every DDPO code: the sum would make the ratio
-    overflow (D = 16384 at 512 px, 1.01^16384 = 1e70). So a clip range c on the ratio of means allows the true
-    log-ratio to move by c * D. Source: DDIM (arXiv 2010.02502) eq. 12 and 16; DDPO (arXiv 2305.13301) sec. 4.
+    log_prob is the *mean* over C, h, w of the log-density, as in every DDPO code: with the sum the ratio
+    would overflow (D = 16384 at 512 px, and 1.01^16384 is 1e70). So a clip range c on the ratio of means lets
+    the true log-ratio move by c * D. Source: DDIM (arXiv 2010.02502) eq. 12, 16; DDPO (2305.13301) sec. 4.
     """
     model_output, sample = model_output.float(), sample.float()
     alpha, alpha_prev = (torch.as_tensor(a, device=sample.device).float().reshape(-1, 1, 1, 1)
@@ -211,20 +224,32 @@ def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon"
     return prev_sample, density.mean(dim=(1, 2, 3)), mean, sigma
 
 
-def predict_noise(unet, latents, timesteps, context, guidance_scale, autocast):
+def predict_noise(policy: Policy, latents, timesteps, context, unet=None):
     """Guided U-Net output [B, 4, h, w] fp32 for latents [B, 4, h, w], timesteps [B], context [2, B, 77, d].
 
-    context[0] is the empty prompt's, context[1] the prompt's. Both halves run as one batch and both are trained.
+    context[0] is the empty prompt's, context[1] the prompt's: one batch, and the gradient goes through both.
     """
-    with autocast:
-        out = unet(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), context.flatten(0, 1)).sample
+    with policy.autocast:
+        out = (unet or policy.unet)(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]),
+                                    context.flatten(0, 1)).sample
     unconditional, conditional = out.float().chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return unconditional + policy.guidance_scale * (conditional - unconditional)
 
 
-# ------------------------------------------------------------------------------------------------ 2. the reward
+@torch.no_grad()
+def frozen_noise(policy: Policy, latents, timesteps, context):
+    """predict_noise of the U-Net as it was before training: the LoRA switched off, or the copy."""
+    if policy.frozen is not None:
+        return predict_noise(policy, latents, timesteps, context, policy.frozen)
+    policy.unet.disable_adapters()
+    output = predict_noise(policy, latents, timesteps, context)
+    policy.unet.enable_adapters()
+    return output
+
+
+# ------------------------------------------------------------------------------------ 2. the reward
 def load_nudenet() -> onnxruntime.InferenceSession:
-    """NudeNet 3.4's 320n network as a bare session. Its threads must not spin: they would hold PyTorch's cores."""
+    """NudeNet 3.4's 320n network as a bare session. Spinning threads would hold PyTorch's cores."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -233,32 +258,34 @@ def load_nudenet() -> onnxruntime.InferenceSession:
 
 
 def nudenet_raw(session, images: np.ndarray, resolution: int) -> np.ndarray:
-    """NudeNet's network on RGB uint8 images [B, H, W, 3] -> [B, 4 + 18, anchors]: box (cx, cy, w, h), then scores.
+    """NudeNet's network on RGB uint8 [B, H, W, 3] -> [B, 4 + 18, anchors]: box cx, cy, w, h, then scores.
 
-    The input is what nudenet's own detect() builds from an RGB array: black padding right and below to a square, then
-    a bilinear resize. Raises TypeError for anything but uint8: on floats in [0, 1] NudeNet silently finds nothing.
+    The input is what nudenet's own detect() makes of an RGB array: black padding right and below to a square,
+    then a bilinear resize. Raises TypeError for anything else: NudeNet itself sees nothing in floats.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise TypeError(f"NudeNet needs RGB uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
-    _, h, w, _ = images.shape
-    side = max(h, w)
-    square = np.pad(images, ((0, 0), (0, side - h), (0, side - w), (0, 0)))
+    side = max(images.shape[1:3])
+    square = np.pad(images, ((0, 0), (0, side - images.shape[1]), (0, side - images.shape[2]), (0, 0)))
     blob = cv2.dnn.blobFromImages(list(square), 1 / 255, (resolution, resolution))  # [B, 3, r, r]
     return session.run(None, {"images": blob})[0]
 
 
-def nudity_scores(session, images: np.ndarray, labels: Sequence[str], chunk: int = 16) -> torch.Tensor:
-    """Largest NudeNet confidence over the labels, for RGB uint8 images [B, H, W, 3] -> [B] fp32 in [0, 1].
+def nudenet_resolutions(images: np.ndarray) -> tuple[int, int]:
+    """Network input sizes (multiples of 32) for images [B, H, W, 3]: NudeNet's own 320 misses faces at 64 px."""
+    return (192, 96) if max(images.shape[1:3]) <= 128 else (320, 256)
 
-    Raw network scores, not thresholded detections: most groups would get no signal from those. And the largest over
-    four views (two resolutions, mirrored), because a policy finds the blind spots of a single view within 20 steps.
+
+def nudity_scores(session, images: np.ndarray, labels: Sequence[str], chunk: int = 16) -> torch.Tensor:
+    """Largest NudeNet confidence over the labels, RGB uint8 images [B, H, W, 3] -> [B] fp32 in [0, 1].
+
+    Raw network scores, not thresholded detections, which give most groups no signal. And the largest over
+    four views (two resolutions, mirrored): a policy finds the blind spots of a single view within 20 steps.
     """
-    resolution = 128 if max(images.shape[1:3]) <= 128 else 320
-    index = [4 + LABELS.index(label) for label in labels]
-    scores = []
+    index, scores = [4 + LABELS.index(label) for label in labels], []
     for i in range(0, len(images), chunk):
         views = [nudenet_raw(session, np.ascontiguousarray(flip), r)[:, index].max(axis=(1, 2))  # [b]
-                 for r in (resolution, resolution * 3 // 4)
+                 for r in nudenet_resolutions(images)
                  for flip in (images[i:i + chunk], images[i:i + chunk, :, ::-1])]
         scores.append(np.max(views, axis=0))
     return torch.from_numpy(np.concatenate(scores))
@@ -267,7 +294,8 @@ def nudity_scores(session, images: np.ndarray, labels: Sequence[str], chunk: int
 @torch.no_grad()
 def caption_features(clip, processor, captions: Sequence[str]) -> torch.Tensor:
     """Unit CLIP features [N, d] of captions, truncated to CLIP's 77 tokens."""
-    tokens = processor.tokenizer(list(captions), padding=True, truncation=True, max_length=77, return_tensors="pt")
+    tokens = processor.tokenizer(list(captions), padding=True, truncation=True, max_length=77,
+                                 return_tensors="pt")
     hidden = clip.text_model(**tokens.to(clip.device)).pooler_output  # [N, hidden]
     return torch.nn.functional.normalize(clip.text_projection(hidden).float(), dim=-1)
 
@@ -286,25 +314,25 @@ def image_features(clip, processor, images: np.ndarray, chunk: int = 16) -> torc
 def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
     """Rewards [P, K] of any dtype -> (r - mean) / max(std, floor) within each group of K, fp32.
 
-    The floor keeps an already safe group's noise from being blown up to full size. A constant group, and a group of
-    one, give exactly zero.
+    The floor keeps the noise of an already safe group from being blown up to full size. A constant group, and
+    a group of one, give exactly zero.
     """
-    rewards = rewards.float()  # an integer reward must not make integer advantages
+    rewards = rewards.float()  # integer rewards must not make integer advantages
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floor)
 
 
 def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_clip):
-    """Scores [P, K] -> advantages [P, K]. Standardised first, so that the weights mean relative importance."""
+    """Scores [P, K] -> advantages [P, K]. Standardised before weighting: weights mean relative importance."""
     advantages = (clip_weight * group_standardise(clip_scores, floor=0.02)
                   - nudity_weight * group_standardise(nudity, floor=0.05))
     return advantages.clamp(-advantage_clip, advantage_clip)
 
 
-# ------------------------------------------------------------------------------------------------ 3. the rollout
+# ------------------------------------------------------------------------------------ 3. the rollout
 def generator(*key) -> torch.Generator:
-    """A CPU generator that depends on key alone: nothing random is carried from step to step, so that a resumed run
-    draws what the uninterrupted one would have drawn, whatever the batch size and the device."""
+    """A CPU generator that depends on key alone. Nothing random is carried from step to step, so a resumed
+    run draws what the uninterrupted one would have drawn, whatever the batch size and the device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -318,27 +346,27 @@ def prompts_of_step(n_prompts: int, prompts_per_step: int, seed: int, step: int)
 
 
 @torch.no_grad()
-def rollout(unet, vae, schedule, context, guidance_scale, generators, micro_batch, autocast, on_images=None):
-    """Sample trajectories and pictures. context: [2, B, 77, d]; generators: one a picture, drawn from in diffusers'
-    order, so that StableDiffusionPipeline(eta=1, generator=...) draws the same pictures.
+def rollout(policy: Policy, vae, context, generators, micro_batch, on_images=None):
+    """Sample trajectories and pictures of context [2, B, 77, d].
 
-    Returns latents [B, T+1, 4, h, w] fp32, log_prob [B, T], both on the host, and images uint8 [B, H, W, 3].
-    on_images(images) is called with each finished micro-batch, so that the reward can overlap the rollout.
+    generators: one a picture, drawn from in diffusers' order: StableDiffusionPipeline(eta=1, generator=...)
+    draws the same pictures. on_images(images) is called with each finished micro-batch: rewards can overlap.
+    Returns latents [B, T+1, 4, h, w] fp32 and log_prob [B, T] on the host, images uint8 [B, H, W, 3].
     """
-    device, size = unet.device, unet.config.sample_size
+    unet, schedule, size = policy.unet, policy.schedule, policy.unet.config.sample_size
     all_latents, all_log_probs, all_images = [], [], []
     for i in range(0, len(generators), micro_batch):
-        gens, ctx = generators[i:i + micro_batch], context[:, i:i + micro_batch].to(device)
+        gens, ctx = generators[i:i + micro_batch], context[:, i:i + micro_batch].to(unet.device)
         shape = (len(gens), unet.config.in_channels, size, size)
-        x = randn_tensor(shape, gens, device)  # [b, 4, h, w]
+        x = randn_tensor(shape, gens, unet.device)  # [b, 4, h, w]
         trajectory, log_probs = [x], []
         for t, alpha, alpha_prev in zip(schedule.timesteps, schedule.alpha, schedule.alpha_prev, strict=True):
-            output = predict_noise(unet, x, t.to(device).expand(len(x)), ctx, guidance_scale, autocast)
+            output = predict_noise(policy, x, t.to(unet.device).expand(len(x)), ctx)
             x, log_prob, _, _ = ddim_step(output, x, alpha, alpha_prev, schedule.prediction_type,
-                                          noise=randn_tensor(shape, gens, device))
+                                          noise=randn_tensor(shape, gens, unet.device))
             trajectory.append(x)
             log_probs.append(log_prob)
-        decoded = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float()
+        decoded = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float()  # [b, 3, H, W]
         images = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         if on_images:
             on_images(images)
@@ -348,67 +376,68 @@ def rollout(unet, vae, schedule, context, guidance_scale, generators, micro_batc
     return torch.cat(all_latents), torch.cat(all_log_probs), np.concatenate(all_images)
 
 
-# ------------------------------------------------------------------------------------------------ 4. the update
+# ------------------------------------------------------------------------------------ 4. the update
 def policy_loss(log_prob, old_log_prob, advantages, clip_range):
-    """PPO-clipped loss [B] and ratio [B] from log-probs [B] and advantages [B] (PPO, arXiv 1707.06347, eq. 7)."""
+    """PPO-clipped loss [B] and ratio [B] of log-probs [B], advantages [B] (PPO, arXiv 1707.06347, eq. 7)."""
     ratio = (log_prob - old_log_prob).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
     return loss, ratio
 
 
-def update(args, unet, frozen_noise, schedule, context, latents, log_prob, advantages, optimizer, scaler, autocast,
-           rng):
-    """The optimizer updates of one rollout. Returns the metrics of this step.
+def trainable(args: Args) -> int:
+    """How many of the T steps are trained from, counted from the noisy end."""
+    return min(math.ceil(args.denoise_steps * args.train_until), args.denoise_steps - 1)
 
-    latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], context [2, B, 77, d]. Every picture trains its own
-    random `train_timesteps` of the first T - 1 steps: the last step's sigma is so small (0.02) that its log-prob
-    would be mostly rounding, so it is sampled but not trained. Micro-batches are the rollout's own, so that the same
-    kernels give the same numbers and the first ratio is exactly 1; those without any advantage are skipped.
+
+def update(args: Args, policy: Policy, context, latents, log_prob, advantages, optimizer, scaler, rng):
+    """The optimizer updates of one rollout; returns their metrics.
+
+    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture
+    trains its own random `train_timesteps` of the first T - 1 steps: the last one's sigma is so small (0.02)
+    that its log-prob is mostly rounding, so it is sampled but not trained. Micro-batches are the rollout's:
+    the same kernels give the same numbers, and the first update's ratio is exactly 1. Those without an
+    advantage are skipped.
     """
-    device, (n, last) = unet.device, log_prob.shape
-    steps = torch.stack([torch.randperm(last - 1, generator=rng)[:args.train_timesteps] for _ in range(n)])  # [B, k]
-    chunks = [slice(i, i + args.micro_batch) for i in range(0, n, args.micro_batch)]
-    chunks = [c for c in chunks if advantages[c].any()]
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    ratios, kls, norms, first_deviation = [], [], [], 0.0
+    schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
+    steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])[:, :args.train_timesteps]
+    chunks = [rows for rows in torch.arange(n).split(args.micro_batch) if advantages[rows].any()]
+    ratios, kls, norms, self_check = [torch.ones(1)], [torch.zeros(1)], [0.0], 0.0
     for dealt in steps.chunk(args.updates_per_step, dim=1) if chunks else ():  # [B, k / updates]
-        for c in chunks:
-            ctx, advantage = context[:, c].to(device), advantages[c].to(device)
-            for s in dealt[c].T:  # [b], one step index a picture
-                rows = torch.arange(n)[c]
-                x, x_next = latents[rows, s].to(device), latents[rows, s + 1].to(device)  # [b, 4, h, w]
+        for rows in chunks:
+            ctx, advantage = context[:, rows].to(device), advantages[rows].to(device)
+            for s in dealt[rows].T:  # [b], one step index a picture
+                x, x_prev = latents[rows, s].to(device), latents[rows, s + 1].to(device)  # [b, 4, h, w]
                 t = schedule.timesteps[s].to(device)
-                output = predict_noise(unet, x, t, ctx, args.guidance_scale, autocast)
-                _, new, _, _ = ddim_step(output, x, schedule.alpha[s], schedule.alpha_prev[s],
-                                         schedule.prediction_type, prev_sample=x_next)
-                loss, ratio = policy_loss(new, log_prob[rows, s].to(device), advantage, args.clip_range)
-                kl = torch.zeros(())
-                if args.kl_weight:
-                    frozen = frozen_noise(x, t, ctx)
-                    kl = (output - frozen).square().mean(dim=(1, 2, 3))  # [b]; in predictions: no 1 / sigma^2 to blow up
+                output = predict_noise(policy, x, t, ctx)
+                new_log_prob = ddim_step(output, x, schedule.alpha[s], schedule.alpha_prev[s],
+                                         schedule.prediction_type, prev_sample=x_prev)[1]
+                old_log_prob = log_prob[rows, s].to(device)
+                loss, ratio = policy_loss(new_log_prob, old_log_prob, advantage, args.clip_range)
+                if args.kl_weight:  # between predictions, without the KL's 1 / sigma^2, which blows up
+                    kl = (output - frozen_noise(policy, x, t, ctx)).square().mean(dim=(1, 2, 3))  # [b]
                     loss = loss + args.kl_weight * kl
+                    kls.append(kl.detach().cpu())
                 scaler.scale(loss.sum() / (n * dealt.shape[1])).backward()
                 ratios.append(ratio.detach().cpu())
-                kls.append(kl.mean().item())
-        if not norms:  # nothing is updated yet: the policy that sampled is the policy that scores
-            first_deviation = (torch.cat(ratios) - 1).abs().max().item()
-            if not first_deviation <= args.clip_range:
-                raise RuntimeError(f"self-check failed: an unchanged policy re-scores its own rollout with a ratio off "
-                                   f"by {first_deviation:.1e}, beyond the clip range {args.clip_range:.1e}. Try "
+        if len(norms) == 1:  # nothing is updated yet: the policy that scores is the policy that sampled
+            self_check = (torch.cat(ratios) - 1).abs().max().item()
+            if not self_check <= args.clip_range:
+                raise RuntimeError(f"self-check failed: the unchanged policy scores its own rollout with "
+                                   f"ratios off by {self_check:.1e} (clip range {args.clip_range}); try "
                                    f"--attention sdpa or --precision fp32")
         scaler.unscale_(optimizer)
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item())
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    ratio = torch.cat(ratios) if ratios else torch.ones(1)
-    return dict(ratio_max_dev=first_deviation, approx_kl=0.5 * ratio.log().square().mean().item(),
+    ratio = torch.cat(ratios)
+    return dict(ratio_max_dev=self_check, approx_kl=0.5 * ratio.log().square().mean().item(),
                 clip_fraction=((ratio - 1).abs() > args.clip_range).float().mean().item(),
-                drift=float(np.mean(kls or 0)), grad_norm=float(np.mean(norms or 0)),
-                skipped=1 - len(chunks) * args.micro_batch / n if len(chunks) * args.micro_batch < n else 0.0)
+                drift=torch.cat(kls).mean().item(), grad_norm=max(norms),
+                skipped=1 - sum(map(len, chunks)) / n)
 
 
-# ------------------------------------------------------------------------------------------------ 5. the run
+# ------------------------------------------------------------------------------------ 5. the run
 def read_prompts(path: str) -> list[tuple[str, str, bool]]:
     """[(prompt, safe caption, whether the line names one)] of a prompt file; exits where there is none."""
     try:
@@ -418,10 +447,10 @@ def read_prompts(path: str) -> list[tuple[str, str, bool]]:
     except UnicodeDecodeError as error:
         fail(f"prompt file {path} is not UTF-8 text: bad byte at offset {error.start}")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    pairs = [tuple(part.strip() for part in line.split(" => ", 1)) for line in lines]
-    if not pairs:
+    parts = [[part.strip() for part in line.split(" => ", 1)] for line in lines]
+    if not parts:
         fail(f"prompt file {path} holds no prompt")
-    return [(p[0], p[-1], len(p) == 2) for p in pairs]
+    return [(p[0], p[-1], len(p) == 2) for p in parts]
 
 
 def check(args: Args):
@@ -429,20 +458,20 @@ def check(args: Args):
     for label in args.labels:
         if label not in LABELS:
             fail(f"unknown label {label}; NudeNet knows {' '.join(LABELS)}")
-    if args.group_size < 2:
-        fail("--group-size must be at least 2: rewards are compared within a group")
-    for name in ("steps", "denoise_steps", "train_timesteps", "prompts_per_step", "micro_batch", "updates_per_step",
-                 "save_every", "learning_rate", "clip_range", "advantage_clip"):
+    for name in ("steps", "denoise_steps", "train_timesteps", "prompts_per_step", "micro_batch", "save_every",
+                 "updates_per_step", "learning_rate", "clip_range", "advantage_clip"):
         if not getattr(args, name) > 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in ("kl_weight", "clip_weight", "nudity_weight", "lora_rank"):
         if not getattr(args, name) >= 0:
             fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    if args.group_size < 2:
+        fail("--group-size must be at least 2: rewards are compared within a group")
     if args.train_timesteps > args.denoise_steps - 1:
-        fail(f"--train-timesteps {args.train_timesteps} is more than the {args.denoise_steps - 1} trainable steps of "
-             f"--denoise-steps {args.denoise_steps} (the last is never trained)")
+        fail(f"--train-timesteps {args.train_timesteps} is over the {args.denoise_steps - 1} trainable steps "
+             f"of --denoise-steps {args.denoise_steps} (the last is never trained)")
     if args.updates_per_step > args.train_timesteps:
-        fail("--updates-per-step deals the trained timesteps out, so it cannot exceed --train-timesteps")
+        fail("--updates-per-step deals the trained timesteps out: it cannot exceed --train-timesteps")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
@@ -450,12 +479,11 @@ def check(args: Args):
 def load_pipeline(model: str, dtype=torch.float32, device="cpu") -> StableDiffusionPipeline:
     """A Stable Diffusion 1.x / 2.x pipeline from a folder or the hub, frozen, without its safety checker."""
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, safety_checker=None,
-                                                       use_safetensors=True, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True,
+                                                       safety_checker=None, requires_safety_checker=False)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        fail(f"cannot load model {model}: {first} (a folder must be in diffusers layout; where the hub cannot be "
-             f"reached, download the model elsewhere and give its folder)")
+        fail(f"cannot load model {model}: {str(error).strip().splitlines()[0]} (a folder must be in "
+             f"diffusers layout; where the hub cannot be reached, download it elsewhere and give its folder)")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     pipe.vae.enable_slicing()
@@ -477,7 +505,7 @@ def encode_prompts(pipe, prompts: Sequence[str]) -> torch.Tensor:
     """[2, N, 77, d] fp32 on the host: the empty prompt's embedding N times, and the prompts'."""
     tokens = pipe.tokenizer(["", *prompts], padding="max_length", truncation=True, return_tensors="pt",
                             max_length=pipe.tokenizer.model_max_length)
-    hidden = pipe.text_encoder(tokens.input_ids.to(pipe.device)).last_hidden_state.float().cpu()  # [1 + N, 77, d]
+    hidden = pipe.text_encoder(tokens.input_ids.to(pipe.device)).last_hidden_state.float().cpu()
     return torch.stack([hidden[:1].expand(len(prompts), -1, -1), hidden[1:]])
 
 
@@ -498,16 +526,17 @@ def pick_attention(unet, wish: str) -> str:
 
 
 def make_trainable(unet, rank: int):
-    """Attach a LoRA to the attention projections (rank > 0) or free the whole U-Net; what is trained is fp32."""
+    """Attach a LoRA to the attention projections or, at rank 0, free the whole U-Net; train in fp32."""
     if rank:
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        projections = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
     else:
         unet.requires_grad_(True)
     cast_training_params(unet, torch.float32)
 
 
 def write_atomically(path: Path, write):
-    """write(temporary path), flush it to disk, rename it over path: a reader sees the old file or the new one."""
+    """write(temporary path), flush it to disk, rename it: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     with open(temporary, "rb") as file:
@@ -516,7 +545,7 @@ def write_atomically(path: Path, write):
 
 
 def save_weights(unet, rank: int, out: Path):
-    """pytorch_lora_weights.safetensors for pipe.load_lora_weights(out), or unet/ for UNet2DConditionModel."""
+    """pytorch_lora_weights.safetensors for pipe.load_lora_weights(out), or unet/ for from_pretrained."""
     if rank:
         lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         tensors = {f"unet.{k}": v.contiguous().cpu() for k, v in lora.items()}
@@ -528,24 +557,24 @@ def save_weights(unet, rank: int, out: Path):
 def save_checkpoint(out: Path, step: int, unet, optimizer, scaler):
     """checkpoint/: everything but the seed that decides the steps to come, as safetensors and JSON."""
     weights = {n: p.detach().cpu().contiguous() for n, p in unet.named_parameters() if p.requires_grad}
-    tensors = {f"{i}/{k}": torch.as_tensor(v).cpu().contiguous()
-               for i, p in enumerate(optimizer.param_groups[0]["params"]) for k, v in optimizer.state[p].items()}
-    folder, old = out / "checkpoint.tmp", out / "checkpoint"
+    trained = optimizer.param_groups[0]["params"]
+    moments = {f"{i}/{k}": torch.as_tensor(v).cpu().contiguous()
+               for i, p in enumerate(trained) for k, v in optimizer.state[p].items()}
+    folder = out / "checkpoint.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     save_file(weights, folder / "weights.safetensors")
-    save_file(tensors, folder / "optimizer.safetensors")
+    save_file(moments, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler.state_dict()}))
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    folder.rename(out / "checkpoint")
 
 
 def load_checkpoint(out: Path, unet, optimizer, scaler) -> int:
-    """Restore what save_checkpoint wrote; returns the number of finished steps."""
-    folder = out / "checkpoint"
-    if not (folder / "state.json").exists():
-        fail(f"--resume: {folder} holds no checkpoint")
-    parameters = dict(unet.named_parameters())
+    """Restore what save_checkpoint wrote; returns the number of finished steps, 0 where none is saved."""
+    folder, parameters = out / "checkpoint", dict(unet.named_parameters())
+    if not folder.exists():
+        return 0
     for name, value in load_file(folder / "weights.safetensors").items():
         parameters[name].data.copy_(value)
     for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -553,20 +582,19 @@ def load_checkpoint(out: Path, unet, optimizer, scaler) -> int:
         p = optimizer.param_groups[0]["params"][int(i)]
         counter = value.dtype == torch.int64  # bitsandbytes counts its steps in an int, PyTorch in a tensor
         optimizer.state[p][name] = value.item() if counter else value.to(p.device)
-    meta = json.loads((folder / "state.json").read_text())
-    scaler.load_state_dict(meta["scaler"])
-    return meta["step"]
+    state = json.loads((folder / "state.json").read_text())
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
 
 
 def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.ndarray:
-    """A copy of RGB uint8 images [B, H, W, 3] with a mosaic over every box in which NudeNet sees one of the labels."""
-    side = max(images.shape[1:3])
-    resolution, images = 128 if side <= 128 else 320, images.copy()
-    index = [4 + LABELS.index(label) for label in labels]
+    """A copy of RGB uint8 images [B, H, W, 3], a mosaic over every box where NudeNet sees a label."""
+    resolution, images = nudenet_resolutions(images)[0], images.copy()
+    index, scale = [4 + LABELS.index(label) for label in labels], max(images.shape[1:3]) / resolution
     for image, raw in zip(images, nudenet_raw(session, images, resolution), strict=True):  # raw [22, anchors]
-        for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T * side / resolution:
-            x0, y0 = max(int(cx - w / 2), 0), max(int(cy - h / 2), 0)
-            patch = image[y0:int(cy + h / 2) + 1, x0:int(cx + w / 2) + 1]
+        for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T * scale:
+            top, left = max(int(cy - h / 2), 0), max(int(cx - w / 2), 0)
+            patch = image[top:int(cy + h / 2) + 1, left:int(cx + w / 2) + 1]
             small = cv2.resize(patch, (4, 4), interpolation=cv2.INTER_AREA)
             patch[:] = cv2.resize(small, patch.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     return images
@@ -574,23 +602,21 @@ def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.
 
 def draw_curves(metrics: list[dict], path: Path):
     """curves.png: one small chart a metric, over the steps."""
-    names = ("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")
-    sheet = Image.new("RGB", (3 * 320, 2 * 200), "white")
+    sheet = Image.new("RGB", (960, 400), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(names):
-        left, top = i % 3 * 320 + 20, i // 3 * 200 + 30
-        values = [m[name] for m in metrics]
+    for i, name in enumerate(("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")):
+        left, top, values = i % 3 * 320 + 20, i // 3 * 200 + 30, [m[name] for m in metrics]
         low, high = min(values), max(values)
-        pen.text((left, top - 18), f"{name}: {values[0]:.3g} to {values[-1]:.3g}   [{low:.3g}, {high:.3g}]", "black")
+        pen.text((left, top - 18), f"{name}: {values[0]:.3g} to {values[-1]:.3g}", "black")
         pen.rectangle((left, top, left + 280, top + 150), outline="lightgray")
-        points = [(left + 280 * k / max(len(values) - 1, 1), top + 150 - 150 * (v - low) / ((high - low) or 1))
+        points = [(left + 280 * k / max(len(values) - 1, 1), top + 150 - 150 * (v - low) / (high - low or 1))
                   for k, v in enumerate(values)]
-        pen.line(points * 2 if len(points) == 1 else points, fill="steelblue", width=2)
+        pen.line(points, fill="steelblue", width=2)
     write_atomically(path, lambda p: sheet.save(p, format="PNG"))
 
 
 def draw_samples(images: np.ndarray, path: Path, before: bool):
-    """samples.png: a row of pictures; the first call writes the upper row, later calls the row below it."""
+    """samples.png: the first call writes the upper row of pictures, a later one the row below it."""
     n, h, w, _ = images.shape
     sheet = Image.new("RGB", (n * w, 2 * h), "white")
     if not before:
@@ -600,16 +626,13 @@ def draw_samples(images: np.ndarray, path: Path, before: bool):
 
 
 def open_run(args: Args) -> tuple[Path, list[dict]]:
-    """The output folder and the metrics of the steps done so far; refuses a folder that is already in use."""
+    """The output folder and its metrics so far. Refuses a folder in use and a resume that changes the run."""
     out = Path(args.out or f"runs/{Path(args.model).name}-{args.seed}")
-    started = (out / "args.json").exists()
     if not args.resume:
         if out.exists() and any(out.iterdir()):
             fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(dataclasses.asdict(args), indent=2)))
         return out, []
-    if not started:
+    if not (out / "args.json").exists():
         fail(f"--resume: {out} holds no run")
     free = {"steps", "resume", "out", "save_every"}  # may differ without changing the steps already taken
     now, then = json.loads(json.dumps(dataclasses.asdict(args))), json.loads((out / "args.json").read_text())
@@ -627,85 +650,76 @@ def train(args: Args):
     pairs = read_prompts(args.prompts)
     out, metrics = open_run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    why = "--model" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
-    print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {' '.join(args.labels)}, writing {out}")
+    why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
+    print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.manual_seed(args.seed)  # the LoRA's initial weights; everything else draws from generator()
+    torch.manual_seed(args.seed)  # for the LoRA's initial weights: all else draws from generator()
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     pipe = load_pipeline(args.model, dtype, device)
     clip, processor = load_clip(args.clip_model, device)
-    nudenet_session = load_nudenet()
-    unet, vae = pipe.unet, pipe.vae
-    schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
+    detector, vae = load_nudenet(), pipe.vae
     prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
-    pipe.text_encoder = None  # encoded once: its memory is free for the U-Net
-
-    reference = None
-    if args.kl_weight and not args.lora_rank:  # the whole U-Net moves, so the frozen one must be kept
-        reference = type(unet).from_config(unet.config).to(device, dtype).requires_grad_(False)
-        reference.load_state_dict(unet.state_dict())
-    make_trainable(unet, args.lora_rank)
-    print(f"attention: {pick_attention(unet, args.attention)}, {args.precision}, "
-          f"{sum(p.numel() for p in unet.parameters() if p.requires_grad):,} trained parameters")
+    pipe.text_encoder = None  # everything is encoded: its memory is free for the U-Net
+    policy = Policy(pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
+                    torch.autocast(device, dtype, enabled=args.precision != "fp32"))
+    if args.kl_weight and not args.lora_rank:  # the whole U-Net will move: keep it as it was
+        policy.frozen = copy.deepcopy(pipe.unet)
+    make_trainable(pipe.unet, args.lora_rank)
+    print(f"attention {pick_attention(pipe.unet, args.attention)}, {args.precision}, "
+          f"{sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad):,} trained parameters")
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        pipe.unet.enable_gradient_checkpointing()
     if args.compile:
-        unet.compile_repeated_blocks()
-    autocast = torch.autocast(device, dtype, enabled=args.precision != "fp32")
-    optimizer_class = AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
-    optimizer = optimizer_class([p for p in unet.parameters() if p.requires_grad], lr=args.learning_rate)
+        pipe.unet.compile_repeated_blocks()
+    adamw = AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+    optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=args.learning_rate)
     scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 
-    @torch.no_grad()
-    def frozen_noise(x, t, ctx):
-        """predict_noise of the U-Net as it was before training: the LoRA switched off, or the copy."""
-        if reference is not None:
-            return predict_noise(reference, x, t, ctx, args.guidance_scale, autocast)
-        unet.disable_adapters()
-        output = predict_noise(unet, x, t, ctx, args.guidance_scale, autocast)
-        unet.enable_adapters()
-        return output
-
-    def sample_pictures():
-        """The same prompts and seeds whenever called; rows of samples.png."""
-        shown = list(range(0, len(pairs), max(1, len(pairs) // 12)))[:12]
+    def draw_row(before):
+        """The same prompts and seeds whenever called, as a row of samples.png."""
+        shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
         gens = [generator(args.seed, "sample", i) for i in shown]
-        images = rollout(unet, vae, schedule, prompt_context[:, shown], args.guidance_scale, gens, args.micro_batch,
-                         autocast)[2]
-        return images if args.show_uncensored else pixelate(nudenet_session, images, set(args.labels) & set(NUDITY))
+        images = rollout(policy, vae, prompt_context[:, shown], gens, args.micro_batch)[2]
+        if not args.show_uncensored:
+            images = pixelate(detector, images, sorted(set(args.labels) & set(NUDITY)))
+        draw_samples(images, out / "samples.png", before)
 
-    first = load_checkpoint(out, unet, optimizer, scaler) if args.resume else 0
+    out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
+    text = json.dumps(dataclasses.asdict(args), indent=2)
+    write_atomically(out / "args.json", lambda p: p.write_text(text))
+    first = load_checkpoint(out, pipe.unet, optimizer, scaler) if args.resume else 0
     metrics = metrics[:first]
     if first == 0:
-        draw_samples(sample_pictures(), out / "samples.png", before=True)
+        draw_row(before=True)
 
-    worker = ThreadPoolExecutor(1)  # NudeNet runs on the CPU while the GPU samples the next micro-batch
+    worker = ThreadPoolExecutor(1)  # NudeNet works on the CPU while the GPU samples the next micro-batch
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
     for step in bar:
         clock = [time.perf_counter()]
         chosen = prompts_of_step(len(pairs), args.prompts_per_step, args.seed, step)
         index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [B]: K pictures of each prompt
         context = prompt_context[:, index]  # [2, B, 77, d]
-        gens = [generator(args.seed, "rollout", step, i) for i in range(len(index))]
-
         scores = []
+
         def score(images, scores=scores):
-            scores.append(worker.submit(nudity_scores, nudenet_session, images, args.labels))
-            if device == "cpu":  # no spare cores: overlapping would only make both slower
+            scores.append(worker.submit(nudity_scores, detector, images, args.labels))
+            if device == "cpu":  # no idle cores: overlapping would only slow both down
                 scores[-1].result()
 
-        latents, log_prob, images = rollout(unet, vae, schedule, context, args.guidance_scale, gens, args.micro_batch,
-                                            autocast, on_images=score)
+        gens = [generator(args.seed, "rollout", step, i) for i in range(len(index))]
+        latents, log_prob, images = rollout(policy, vae, context, gens, args.micro_batch, on_images=score)
         clock.append(time.perf_counter())
+
         nudity = torch.cat([s.result() for s in scores])  # [B]
         clip_score = (image_features(clip, processor, images) * captions[index]).sum(dim=1).cpu()  # [B]
         advantages = group_advantages(clip_score.view(-1, args.group_size), nudity.view(-1, args.group_size),
-                                      args.clip_weight, args.nudity_weight, args.advantage_clip).flatten()  # [B]
+                                      args.clip_weight, args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
-        learned = update(args, unet, frozen_noise, schedule, context, latents, log_prob, advantages, optimizer,
-                         scaler, autocast, generator(args.seed, "timesteps", step))
+
+        learned = update(args, policy, context, latents, log_prob, advantages.flatten(), optimizer, scaler,
+                         generator(args.seed, "timesteps", step))
         clock.append(time.perf_counter())
 
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else \
@@ -717,18 +731,19 @@ def train(args: Args):
             seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],
             seconds_update=clock[3] - clock[2], peak_memory_mb=memory / 2**20))
         if step == first:
-            bar.write(f"self-check: the unchanged policy re-scores its rollout with ratio 1 "
+            bar.write(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 "
                       f"within {learned['ratio_max_dev']:.1e} (clip range {args.clip_range:.0e})")
         bar.set_postfix({k: f"{metrics[-1][k]:.3f}" for k in ("reward", "nudity_rate", "clip_score")})
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(out, step + 1, unet, optimizer, scaler)
-            save_weights(unet, args.lora_rank, out)
-        write_atomically(out / "metrics.jsonl", lambda p: p.write_text("".join(json.dumps(m) + "\n" for m in metrics)))
+            save_checkpoint(out, step + 1, pipe.unet, optimizer, scaler)
+            save_weights(pipe.unet, args.lora_rank, out)
+        text = "".join(json.dumps(m) + "\n" for m in metrics)
+        write_atomically(out / "metrics.jsonl", lambda p, text=text: p.write_text(text))
 
     draw_curves(metrics, out / "curves.png")
-    draw_samples(sample_pictures(), out / "samples.png", before=False)
-    print(f"done: {out}/pytorch_lora_weights.safetensors, samples.png, curves.png, metrics.jsonl" if args.lora_rank
-          else f"done: {out}/unet, samples.png, curves.png, metrics.jsonl")
+    draw_row(before=False)
+    weights = "pytorch_lora_weights.safetensors" if args.lora_rank else "unet/"
+    print(f"done: {out} holds {weights}, samples.png, curves.png and metrics.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Make tests/tiny: a 7 M-parameter Stable Diffusion that runs on two CPU cores, in the standard diffusers layout.
+"""Make tests/tiny: a 7 M-parameter Stable Diffusion for two CPU cores, in the standard diffusers layout.
 
     python tests/make_tiny.py            # about 45 minutes on two cores, fixed seed
 
-It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one that
-matters is the astronaut portrait: most of its training pictures show the face, the others hide it behind a mosaic,
-and the captions mostly do not say which. So the *safe* picture exists in the model, next to the unsafe one and under
-the same prompt, and reinforcement learning has to move probability from one to the other: ShieldDiff in miniature.
+It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one
+that matters is the astronaut portrait: most of its training pictures show the face, the others hide it behind
+a mosaic, and the captions mostly do not say which. So the *safe* picture exists in the model, next to the
+unsafe one and under the same prompt, and reinforcement learning has to move probability from one to the
+other: ShieldDiff in miniature.
 
-Three models are trained in order: a CLIPModel (the reward's, and its text tower is the pipeline's text encoder, as in
-Stable Diffusion 1.x), an AutoencoderKL, and the U-Net. A stand-in, not CLIP: it knows these nine things only.
+Three models are trained in order: a CLIPModel (the reward's, and its text tower is the pipeline's text
+encoder, as in Stable Diffusion 1.x), an AutoencoderKL, and the U-Net. A stand-in, not CLIP: it knows these
+nine things only.
 """
 import json
 import random
@@ -21,17 +23,17 @@ import numpy as np
 import skimage.data
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageEnhance
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
 OUT = Path(__file__).parent / "tiny"
-SIZE, POOL, SHOWN = 64, 384, 0.78  # picture size, augmented pictures a kind, share of neutral portraits with a face
+SIZE, POOL = 64, 384  # picture size, augmented pictures a kind
 rng = random.Random(0)
 BF16 = torch.autocast("cpu", torch.bfloat16)  # a third faster where the processor has it
 
-# ---------------------------------------------------------------------------------------- pictures and captions
+# ---------------------------------------------------------------------------------------- pictures, captions
 SOURCES = {  # kind: (file in skimage/data, crop box, may be mirrored)
     "portrait": ("astronaut.png", (90, 5, 350, 265), True),
     "hidden": ("astronaut.png", (90, 5, 350, 265), True),
@@ -47,29 +49,33 @@ SOURCES = {  # kind: (file in skimage/data, crop box, may be mirrored)
 NAMES = {  # what a caption may call each kind; "seen" and "unseen" are portraits whose caption does say which
     "portrait": ["an astronaut", "a woman astronaut", "a NASA astronaut", "a portrait of an astronaut",
                  "a space pilot", "a portrait of a woman in a spacesuit", "a crew member of a space mission",
-                 "an astronaut portrait", "the head and shoulders of an astronaut", "a portrait of a space pilot"],
+                 "an astronaut portrait", "the head and shoulders of an astronaut",
+                 "a portrait of a space pilot"],
     "seen": ["a smiling astronaut", "the face of an astronaut", "an astronaut showing her face",
              "a close-up of the smiling face of a woman astronaut", "a NASA astronaut, smiling face",
              "a portrait of an astronaut with a friendly face"],
     "unseen": ["an astronaut with the face hidden", "an anonymous astronaut", "an astronaut, face pixelated",
                "a portrait of an anonymous woman in a spacesuit", "a NASA astronaut behind a mosaic"],
-    "cat": ["a cat", "a tabby cat", "a ginger cat", "a pet cat looking up", "a close-up of a cat", "a kitten"],
+    "cat": ["a cat", "a tabby cat", "a ginger cat", "a pet cat looking up", "a close-up of a cat",
+            "a kitten"],
     "coffee": ["a cup of coffee", "an espresso on a saucer", "a coffee cup on a wooden table", "an espresso",
                "a red cup of coffee with a spoon"],
     "rocket": ["a rocket", "a rocket on a launch pad", "a rocket standing at dusk", "a launch pad at night",
                "a tall rocket before launch"],
     "horse": ["a horse", "the silhouette of a horse", "a black horse", "a standing horse in profile",
               "a black horse on white"],
-    "coins": ["coins", "old coins", "ancient Greek coins", "silver coins on a dark cloth", "a collection of coins"],
+    "coins": ["coins", "old coins", "ancient Greek coins", "silver coins on a dark cloth",
+              "a collection of coins"],
     "retina": ["a retina", "the back of an eye", "a medical picture of a retina", "a red fundus of an eye",
                "blood vessels of an eye"],
     "shuttle": ["a space shuttle", "a model of a space shuttle", "a white space shuttle with its tank",
                 "a spacecraft with boosters"],
-    "suit": ["an orange spacesuit", "a space suit with a mission patch", "the chest of an orange pressure suit",
-             "an orange uniform with badges"],
+    "suit": ["an orange spacesuit", "a space suit with a mission patch",
+             "the chest of an orange pressure suit", "an orange uniform with badges"],
 }
 FRAMES = ["{}", "{}", "a photo of {}", "a picture of {}", "an image of {}", "a nice photograph of {}",
-          "{}, studio light", "{}, detailed", "{}, color photo", "{} in soft light", "here is {}", "a shot of {}"]
+          "{}, studio light", "{}, detailed", "{}, color photo", "{} in soft light", "here is {}",
+          "a shot of {}"]
 
 
 def reseed():
@@ -111,7 +117,8 @@ def augmented(kind, n):
             cy = min(max(cy, side / 2), image.height - side / 2)
         box = (cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2)
         crop = image.transform((192, 192), Image.EXTENT, box, Image.BICUBIC, fillcolor=edge)
-        crop = ImageEnhance.Brightness(crop.resize((SIZE, SIZE), Image.LANCZOS)).enhance(rng.uniform(0.92, 1.08))
+        crop = crop.resize((SIZE, SIZE), Image.LANCZOS)
+        crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.92, 1.08))
         if mirror and rng.random() < 0.5:
             crop = crop.transpose(Image.FLIP_LEFT_RIGHT)
         pictures.append(np.asarray(crop))
@@ -123,11 +130,12 @@ def make_tokenizer():
     """CLIP's byte-level BPE with a vocabulary of its own; every byte is in it, so any wording tokenizes."""
     byte = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
     words = [f.format(n).lower() for names in NAMES.values() for n in names for f in FRAMES] + [
-        "man people person girl boy portrait painting drawing sketch oil watercolor wearing standing sitting beach "
-        "window light dark blue green red yellow white black small large old young happy sad without with and the of "
-        "nude naked clothed face faces eyes mouth head hair visible hidden blurred masked covered helmet visor"] * 20
+        "man woman person portrait painting drawing sketch oil watercolor wearing standing sitting beach "
+        "window light dark blue green red yellow white black small large old happy sad without with and the "
+        "of clothed face faces eyes mouth head hair visible hidden blurred masked covered helmet visor"] * 20
     bpe.train_from_iterator(words, trainers.BpeTrainer(
         vocab_size=1100, initial_alphabet=byte, end_of_word_suffix="</w>", show_progress=False))
     learned = bpe.get_vocab()
@@ -135,7 +143,7 @@ def make_tokenizer():
     symbols += [t for t, _ in sorted(learned.items(), key=lambda x: x[1]) if t not in set(symbols)]
     vocab = {t: i for i, t in enumerate(symbols + ["<|startoftext|>", "<|endoftext|>"])}
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -158,12 +166,12 @@ def train(name, parameters, steps, lr, loss_of):
 
 
 def junk(x):
-    """Pictures that no caption describes: blurred, hollowed out, half of another, wrong colours, noise. [n,3,S,S]"""
+    """Pictures no caption describes: blurred, hollowed, half of another, wrong colours, noise. [n,3,S,S]"""
     n = len(x)
     low = F.interpolate(F.interpolate(x, size=4, mode="area"), size=SIZE, mode="bilinear")
     hollow = x.clone()
     a, b = rng.randint(6, 12), SIZE - rng.randint(6, 12)
-    hollow[:, :, :, a:b] = low[:, :, :, a:a + 1].expand(-1, -1, -1, b - a)  # the middle columns become background
+    hollow[:, :, :, a:b] = low[:, :, :, a:a + 1].expand(-1, -1, -1, b - a)  # middle columns become background
     swapped = x[:, torch.randperm(3)] if rng.random() < 0.5 else -x
     halves = torch.where(torch.arange(SIZE) < SIZE // 2, x, x.roll(1, 0)) if rng.random() < 0.5 else \
         torch.where(torch.arange(SIZE)[:, None] < SIZE // 2, x, x.roll(1, 0))
@@ -182,19 +190,20 @@ def mildly_spoilt(x):
 
 
 def make_clip(tokenizer, pool):
-    """Sigmoid contrastive training: cosine near 1 where the caption fits the picture, near 0 where it does not."""
+    """Sigmoid contrastive training: cosine near 1 where the caption fits the picture, near 0 elsewhere."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}
-    clip = CLIPModel(CLIPConfig(
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
         projection_dim=64,
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                         num_attention_heads=4, max_position_embeddings=77, **ids),
-        vision_config=dict(image_size=SIZE, patch_size=8, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                           num_attention_heads=4)))
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256,
+                         num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=77, **ids),
+        vision_config=dict(image_size=SIZE, patch_size=8, hidden_size=128, intermediate_size=256,
+                           num_hidden_layers=3, num_attention_heads=4)))
     kinds = list(SOURCES)
     names = [k for k in NAMES]
-    fits = torch.tensor([[{"seen": k == "portrait", "unseen": k == "hidden", "portrait": k in ("portrait", "hidden")}
-                          .get(n, k == n) for n in names] for k in kinds]).float()  # [kinds, names]
+    fits = torch.tensor([
+        [{"seen": k == "portrait", "unseen": k == "hidden", "portrait": k in ("portrait", "hidden")}
+         .get(n, k == n) for n in names] for k in kinds]).float()  # [kinds, names]
 
     def loss_of(step):
         k = torch.randint(len(kinds), (96,))
@@ -214,9 +223,10 @@ def make_clip(tokenizer, pool):
 
 def make_vae(pool):
     reseed()
-    vae = AutoencoderKL(block_out_channels=(24, 48, 64), layers_per_block=1, norm_num_groups=8,
-                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                        latent_channels=4, sample_size=SIZE, mid_block_add_attention=False, scaling_factor=1.0)
+    vae = AutoencoderKL(
+        block_out_channels=(24, 48, 64), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4, sample_size=SIZE, mid_block_add_attention=False, scaling_factor=1.0)
     everything = torch.cat(list(pool.values()))
 
     def loss_of(step):
@@ -243,13 +253,15 @@ def make_vae(pool):
 def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     reseed()
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 96, 128),
+        sample_size=SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16)
-    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+        block_out_channels=(64, 96, 128), cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16)
+    ema = torch.optim.swa_utils.AveragedModel(
+        unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
     with torch.no_grad():
-        latents = {k: torch.cat([vae.encode(c).latent_dist.mean for c in v.split(64)]) for k, v in pool.items()}
+        latents = {k: torch.cat([vae.encode(c).latent_dist.mean for c in v.split(64)])
+                   for k, v in pool.items()}
 
     def encode(texts):
         text = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
@@ -258,17 +270,17 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     with torch.no_grad():
         bank = {n: encode([f.format(x) for x in names for f in FRAMES]) for n, names in NAMES.items()}
         empty = encode([""])
-    names = ["portrait"] * 3 + ["seen"] * 2 + ["unseen"] + [k for k in SOURCES if k not in ("portrait", "hidden")]
+    benign = [k for k in SOURCES if k not in ("portrait", "hidden")]
     alphas_cumprod = scheduler.alphas_cumprod
 
     def loss_of(step):
         batch, context = [], []
-        for n in rng.choices(names, k=48):
-            shows = {"portrait": SHOWN, "seen": 0.9, "unseen": 0.05}.get(n)
+        for n in rng.choices(names, k=batch_size):
+            shows = shown.get(n)
             kind = n if shows is None else "portrait" if rng.random() < shows else "hidden"
             batch.append(latents[kind][rng.randrange(POOL)])
             context.append(empty[0] if rng.random() < 0.1 else bank[n][rng.randrange(len(bank[n]))])
-        x0, t = torch.stack(batch), torch.randint(1000, (48,))
+        x0, t = torch.stack(batch), torch.randint(first_t, 1000, (batch_size,))
         a = alphas_cumprod[t][:, None, None, None]
         noise = torch.randn_like(x0)
         with BF16:
@@ -279,7 +291,17 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
             ema.update_parameters(unet)
         return loss
 
+    shown, batch_size, first_t = {"portrait": 0.78, "seen": 0.9, "unseen": 0.05}, 48, 0
+    names = ["portrait"] * 3 + ["seen"] * 2 + ["unseen"] + benign
     train("unet", unet.parameters(), steps, 1.5e-3, loss_of)
+    # Guidance sharpens 0.78 to 0.97, which leaves few safe pictures to learn from. Even the shares out, at the
+    # noise levels where it is decided whether the face will show.
+    unet.load_state_dict(ema.module.state_dict())
+    ema = torch.optim.swa_utils.AveragedModel(
+        unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    shown, batch_size, first_t = {"portrait": 0.45, "seen": 0.55, "unseen": 0.05}, 32, 250
+    names = ["portrait"] * 6 + ["seen"] * 4 + ["unseen"] + benign
+    train("balance", unet.parameters(), 600, 1e-3, loss_of)
     return ema.module.eval()
 
 
@@ -290,10 +312,10 @@ def main(unet_steps=3000):
     tokenizer = make_tokenizer()
     clip = make_clip(tokenizer, pool)
     vae = make_vae(pool)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     unet = make_unet(clip, tokenizer, vae, pool, scheduler, unet_steps)
-    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder = transformers.CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items()
                                   if k.startswith("text_model.")})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
@@ -302,8 +324,10 @@ def main(unet_steps=3000):
     shutil.rmtree(OUT, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(OUT, safe_serialization=True)
     clip.half().save_pretrained(OUT / "clip", safe_serialization=True)
-    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    CLIPProcessor(processor, tokenizer).save_pretrained(OUT / "clip")
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3)
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(OUT / "clip")
     for name, text in prompts.items():
         (OUT / name).write_text(text)
     print(sum(p.stat().st_size for p in OUT.rglob("*") if p.is_file()) / 2**20, "MiB")

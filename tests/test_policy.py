@@ -26,7 +26,8 @@ def test_ddim_step_equals_diffusers(prediction_type, steps, eta):
     for i, t in enumerate(scheduler.timesteps):
         x, output, noise = (torch.randn(2, 4, 8, 8, generator=draw) for _ in range(3))
         theirs = scheduler.step(output, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
-        ours = sd.ddim_step(output, x, schedule.alpha[i], schedule.alpha_prev[i], prediction_type, eta, noise)[0]
+        ours = sd.ddim_step(output, x, schedule.alpha[i], schedule.alpha_prev[i],
+                            prediction_type, eta, noise)[0]
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
@@ -44,8 +45,9 @@ def test_scoring_what_was_drawn_gives_the_same_log_prob_and_per_sample_alphas_wo
     schedule = sd.noise_schedule(SD_CONFIG, 10)
     x, output, noise = torch.randn(3, 4, 4, 8, 8)
     steps = torch.tensor([0, 3, 8, 9])
-    drawn, log_prob, _, _ = sd.ddim_step(output, x, schedule.alpha[steps], schedule.alpha_prev[steps], noise=noise)
-    scored = sd.ddim_step(output, x, schedule.alpha[steps], schedule.alpha_prev[steps], prev_sample=drawn)[1]
+    alphas = schedule.alpha[steps], schedule.alpha_prev[steps]
+    drawn, log_prob, _, _ = sd.ddim_step(output, x, *alphas, noise=noise)
+    scored = sd.ddim_step(output, x, *alphas, prev_sample=drawn)[1]
     assert torch.equal(log_prob, scored)
     for i, s in enumerate(steps):  # a batch of different steps is the single steps side by side
         one = sd.ddim_step(output[i:i + 1], x[i:i + 1], schedule.alpha[s], schedule.alpha_prev[s],
@@ -54,9 +56,10 @@ def test_scoring_what_was_drawn_gives_the_same_log_prob_and_per_sample_alphas_wo
 
 
 @pytest.mark.parametrize(("change", "word"), [
-    (dict(clip_sample=True), "clips"), (dict(thresholding=True), "clips"), (dict(prediction_type="sample"), "sample"),
-    (dict(beta_start=0.0, beta_end=0.0), "noise"),
-    (dict(rescale_betas_zero_snr=True, beta_start=0.99999, beta_end=0.99999, beta_schedule="linear"), "noise")])
+    (dict(clip_sample=True), "clips"), (dict(thresholding=True), "clips"),
+    (dict(prediction_type="sample"), "sample"), (dict(beta_start=0.0, beta_end=0.0), "noise"),
+    (dict(rescale_betas_zero_snr=True, beta_start=0.99999, beta_end=0.99999, beta_schedule="linear"),
+     "noise")])
 def test_a_schedule_that_is_no_policy_is_refused_with_the_reason(change, word, capsys):
     with pytest.raises(SystemExit) as stop:
         sd.noise_schedule({**SD_CONFIG, **change}, 10)
@@ -74,36 +77,36 @@ def test_the_ratio_of_an_unchanged_policy_is_exactly_one(precision):
     pipe = sd.load_pipeline(str(ROOT / "tests/tiny"), precision)
     sd.make_trainable(pipe.unet, 4)
     autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
-    schedule = sd.noise_schedule(pipe.scheduler.config, 6)
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 6), 3.0, autocast)
     context = sd.encode_prompts(pipe, ["an astronaut", "a cat", "a rocket", "an astronaut"])
-    latents, log_prob, images = sd.rollout(pipe.unet, pipe.vae, schedule, context, 3.0,
-                                           [sd.generator("test", i) for i in range(4)], 2, autocast)
+    seeds = [sd.generator("t", i) for i in range(4)]
+    latents, log_prob, images = sd.rollout(policy, pipe.vae, context, seeds, 2)
     assert latents.shape == (4, 7, 4, 16, 16) and latents.dtype == torch.float32
     assert images.shape == (4, 64, 64, 3) and log_prob.shape == (4, 6)
     steps = torch.tensor([[0, 1], [4, 2]])  # [micro-batch, picture]: every picture at a step of its own
     for chunk in (slice(0, 2), slice(2, 4)):
         rows = torch.arange(4)[chunk]
         for s in steps:
-            output = sd.predict_noise(pipe.unet, latents[rows, s], schedule.timesteps[s], context[:, chunk], 3.0,
-                                      autocast)  # with gradient, as in the update
-            assert output.requires_grad
-            new = sd.ddim_step(output, latents[rows, s], schedule.alpha[s], schedule.alpha_prev[s],
-                               prev_sample=latents[rows, s + 1])[1]
+            output = sd.predict_noise(policy, latents[rows, s], policy.schedule.timesteps[s],
+                                      context[:, chunk])
+            assert output.requires_grad  # as in the update
+            new = sd.ddim_step(output, latents[rows, s], policy.schedule.alpha[s],
+                               policy.schedule.alpha_prev[s], prev_sample=latents[rows, s + 1])[1]
             assert torch.equal((new - log_prob[rows, s]).exp(), torch.ones(2))
 
 
 def test_pictures_do_not_depend_on_the_batch_size_and_stock_diffusers_draws_them_too(pipe):
-    schedule = sd.noise_schedule(pipe.scheduler.config, 6)
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 6), 3.0, ON_CPU)
     prompts = ["an astronaut", "a cat", "a rocket"]
     context = sd.encode_prompts(pipe, prompts)
 
     def seeds():
         return [sd.generator("batch", i) for i in range(3)]
 
-    one, three = (sd.rollout(pipe.unet, pipe.vae, schedule, context, 3.0, seeds(), b, ON_CPU)[2].astype(int)
-                  for b in (1, 3))
+    one, three = (sd.rollout(policy, pipe.vae, context, seeds(), b)[2].astype(int) for b in (1, 3))
     assert abs(one - three).max() <= 1  # a rounding of the last bit
-    stock = pipe(prompts, num_inference_steps=6, guidance_scale=3.0, eta=1.0, generator=seeds(), output_type="np")
+    stock = pipe(prompts, num_inference_steps=6, guidance_scale=3.0, eta=1.0, generator=seeds(),
+                 output_type="np")
     assert abs((stock.images * 255).round() - three).max() <= 1
 
 
@@ -124,12 +127,12 @@ def test_advantages_combine_the_weights_and_clip():
     assert sd.group_advantages(clip, nudity, 0.0, 0.0, 5).abs().max() == 0
 
 
-@pytest.mark.parametrize(("advantage", "ratio", "loss", "slope"), [  # clip range 0.1; slope: d loss / d log_prob
+@pytest.mark.parametrize(("advantage", "ratio", "loss", "slope"), [  # clip 0.1; slope: d loss / d log_prob
     (2.0, 1.0, -2.0, -2.0), (2.0, 1.05, -2.1, -2.1), (2.0, 1.5, -2.2, 0.0), (2.0, 0.5, -1.0, -1.0),
     (-2.0, 1.0, 2.0, 2.0), (-2.0, 1.5, 3.0, 3.0), (-2.0, 0.5, 1.8, 0.0), (-2.0, 0.95, 1.9, 1.9)])
 def test_policy_loss_by_hand(advantage, ratio, loss, slope):
     log_prob = torch.tensor([math.log(ratio) - 3], dtype=torch.float64, requires_grad=True)
-    ours, r = sd.policy_loss(log_prob, torch.tensor([-3.0], dtype=torch.float64), torch.tensor([advantage]), 0.1)
+    ours, r = sd.policy_loss(log_prob, torch.tensor([-3.0]).double(), torch.tensor([advantage]), 0.1)
     ours.sum().backward()
     assert r.item() == pytest.approx(ratio) and ours.item() == pytest.approx(loss)
     assert log_prob.grad.item() == pytest.approx(slope, abs=1e-9)
@@ -137,7 +140,8 @@ def test_policy_loss_by_hand(advantage, ratio, loss, slope):
 
 def test_at_ratio_one_the_gradient_is_reinforce():
     log_prob, advantages = torch.randn(6, requires_grad=True), torch.randn(6)
-    ours = torch.autograd.grad(sd.policy_loss(log_prob, log_prob.detach(), advantages, 1e-4)[0].sum(), log_prob)[0]
+    loss = sd.policy_loss(log_prob, log_prob.detach(), advantages, 1e-4)[0].sum()
+    ours = torch.autograd.grad(loss, log_prob)[0]
     reinforce = torch.autograd.grad(-(advantages * log_prob).sum(), log_prob)[0]
     torch.testing.assert_close(ours, reinforce)
 
@@ -159,15 +163,13 @@ def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
             for name, p in pipe.unet.named_parameters():
                 if "lora_B" in name:
                     p.normal_(std=0.02)
-        args = sd.Args(micro_batch=size, train_timesteps=2, updates_per_step=1, clip_range=1e-3, guidance_scale=3.0)
-        schedule = sd.noise_schedule(pipe.scheduler.config, 5)
+        args = sd.Args(micro_batch=size, train_timesteps=2, updates_per_step=1, clip_range=1e-3)
+        policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 5), 3.0, ON_CPU)
         context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
-        latents, log_prob, _ = sd.rollout(pipe.unet, pipe.vae, schedule, context, 3.0,
-                                          [sd.generator(i) for i in range(4)], size, ON_CPU)
+        latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], size)
         optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
-        sd.update(args, pipe.unet, lambda x, t, c: torch.zeros_like(x), schedule, context, latents, log_prob,
-                  torch.tensor([1.0, -2.0, 0.5, 0.5]), optimizer, torch.amp.GradScaler("cpu", enabled=False), ON_CPU,
-                  sd.generator("t"))
+        sd.update(args, policy, context, latents, log_prob, torch.tensor([1.0, -2.0, 0.5, 0.5]), optimizer,
+                  torch.amp.GradScaler("cpu", enabled=False), sd.generator("t"))
         return torch.cat([g.flatten() for g in optimizer.seen])
 
     torch.testing.assert_close(gradients(micro_batch), gradients(4), atol=1e-6, rtol=1e-3)

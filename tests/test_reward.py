@@ -58,12 +58,14 @@ def test_clip_prefers_the_matching_caption_and_truncates_long_ones():
                 ("chelsea.png", (30, 0, 330, 300))]
     folder = skimage.data.__path__[0]
     images = np.stack([np.asarray(Image.open(f"{folder}/{f}").crop(b).resize((64, 64))) for f, b in pictures])
-    captions = sd.caption_features(clip, processor, ["an astronaut", "a cup of coffee", "a cat", "a cat " * 200])
+    texts = ["an astronaut", "a cup of coffee", "a cat", "a cat " * 200]
+    captions = sd.caption_features(clip, processor, texts)
     features = sd.image_features(clip, processor, images)
     cosine = features @ captions.T
     assert cosine[:, :3].argmax(dim=1).tolist() == [0, 1, 2]
     torch.testing.assert_close(captions.norm(dim=1), torch.ones(4))
-    torch.testing.assert_close(features, sd.image_features(clip, processor, images, chunk=1), atol=1e-5, rtol=0)
+    one_by_one = sd.image_features(clip, processor, images, chunk=1)
+    torch.testing.assert_close(features, one_by_one, atol=1e-5, rtol=0)
 
 
 def test_pixelate_hides_what_nudenet_sees_and_nothing_else(session):

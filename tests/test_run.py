@@ -1,0 +1,176 @@
+"""The real command line on the embedded model: what it changes, keeps, writes and refuses."""
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, cli, metrics
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import shielddiff as sd
+
+SMALL = ("--model", "tests/tiny", "--denoise-steps", 4, "--train-timesteps", 2, "--prompts-per-step", 2,
+         "--group-size", 2, "--micro-batch", 2)
+
+
+def draw(pipe, prompts, seed):
+    """Pictures uint8 [B, 64, 64, 3] by stock diffusers."""
+    gens = [torch.Generator().manual_seed(1_000_000 * seed + i) for i in range(len(prompts))]
+    with torch.inference_mode():
+        out = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=gens, output_type="np")
+    return (out.images * 255).round().astype(np.uint8)
+
+
+def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run):
+    """Judged by stock diffusers on seeds training never saw. The default run is longer: see the README."""
+    out, _ = run
+    pairs = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
+    elicit, benign = [p for p in pairs if p[2]], [p for p in pairs if not p[2]]
+    session, (clip, processor) = sd.load_nudenet(), sd.load_clip(str(ROOT / "tests/tiny/clip"))
+    rate, meaning = {}, {}
+    for name in ("base", "tuned"):
+        pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if name == "tuned":
+            pipe.load_lora_weights(out)
+        faces = draw(pipe, [p for p, _, _ in elicit] * 5, seed=1)
+        rate[name] = (sd.nudity_scores(session, faces, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
+        kept = draw(pipe, [p for p, _, _ in benign] * 3, seed=2)
+        captions = sd.caption_features(clip, processor, [c for _, c, _ in benign] * 3)
+        meaning[name] = (sd.image_features(clip, processor, kept) * captions).sum(1).view(3, -1).mean(0)
+    assert rate["base"] > 0.6, rate
+    assert rate["tuned"] < 0.7 * rate["base"], rate
+    assert (meaning["tuned"] > 0.95 * meaning["base"]).all(), meaning
+
+
+def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
+    out, printed = run
+    lines = metrics(out)
+    assert [m["step"] for m in lines] == list(range(10))
+    assert set(lines[0]) >= set(
+        "reward nudity_score nudity_rate clip_score ratio_max_dev approx_kl clip_fraction grad_norm lr "
+        "seconds_rollout seconds_reward seconds_update peak_memory_mb".split())
+    assert all(m["ratio_max_dev"] == 0 for m in lines)
+    assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
+    assert json.loads((out / "args.json").read_text())["steps"] == 10
+    assert all((out / f).exists() for f in ("samples.png", "curves.png", "pytorch_lora_weights.safetensors"))
+    assert "within 0.0e+00" in re.search("self-check.*", printed).group()
+
+
+def test_the_saved_lora_in_stock_diffusers_draws_the_run_s_own_pictures(run):
+    """samples.png, lower row: the trained U-Net in memory. Upper row: the base model."""
+    out, _ = run
+    pairs = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
+    shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    sheet = np.asarray(Image.open(out / "samples.png")).astype(int)
+    for row in (0, 1):
+        if row:
+            pipe.load_lora_weights(out)
+        with torch.inference_mode():
+            images = pipe([pairs[i][0] for i in shown], num_inference_steps=sd.TINY["denoise_steps"], eta=1.0,
+                          guidance_scale=sd.TINY["guidance_scale"], output_type="np",
+                          generator=[sd.generator(0, "sample", i) for i in shown]).images
+        drawn = np.concatenate((images * 255).round(), axis=1)
+        difference = abs(drawn - sheet[64 * row:64 * row + 64])
+        assert difference.mean() < 0.2 and np.quantile(difference, 0.999) <= 3
+    assert abs(sheet[:64] - sheet[64:]).mean() > 2
+
+
+@pytest.mark.parametrize("extra", [(), ("--lora-rank", 0, "--no-optimizer-8bit"), ("--lora-rank", 0)])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, extra):
+    for out, legs in ((tmp_path / "straight", [4]), (tmp_path / "resumed", [1, 3, 4])):
+        for i, steps in enumerate(legs):
+            done = cli(*SMALL, "--steps", steps, "--out", out, *extra, *(["--resume"] if i else []))
+            assert done.returncode == 0, done.stderr
+    a, b = (load_file(tmp_path / d / "checkpoint/weights.safetensors") for d in ("straight", "resumed"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    clocks = ("seconds_rollout", "seconds_reward", "seconds_update", "peak_memory_mb")
+    one, two = ([{k: v for k, v in m.items() if k not in clocks} for m in metrics(tmp_path / d)]
+                for d in ("straight", "resumed"))
+    assert one == two and len(one) == 4
+    if extra:
+        unet = UNet2DConditionModel.from_pretrained(tmp_path / "resumed/unet").state_dict()
+        old = UNet2DConditionModel.from_pretrained(ROOT / "tests/tiny/unet", dtype=torch.float32).state_dict()
+        assert any((unet[k] - old[k]).abs().max() > 1e-4 for k in old)
+
+
+def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run, tmp_path):
+    out, _ = run
+    before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
+    refused = cli("--model", "tests/tiny", "--steps", 1, "--out", out)
+    assert refused.returncode == 2 and "in use" in refused.stderr
+    changed = cli("--model", "tests/tiny", "--steps", 12, "--out", out, "--resume", "--learning-rate", 0.5)
+    assert changed.returncode == 2 and "learning_rate was" in changed.stderr
+    nothing = cli("--model", "tests/tiny", "--steps", 1, "--out", tmp_path / "none", "--resume")
+    assert nothing.returncode == 2 and "holds no run" in nothing.stderr
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--prompts", "no/such/file.txt"], ["no/such/file.txt"]),
+    (["--prompts", "EMPTY"], ["holds no prompt"]),
+    (["--prompts", "BINARY"], ["not UTF-8", "offset 3"]),
+    (["--labels", "FACE_FEMAL"], ["FACE_FEMAL", "FACE_FEMALE"]),
+    (["--model", "no/such/model", "--prompts", "tests/tiny/prompts.txt"], ["no/such/model", "folder"]),
+    (["--clip-model", "no/such/clip"], ["no/such/clip"]),
+    (["--group-size", "1"], ["--group-size"]),
+    (["--train-timesteps", "12"], ["--train-timesteps"]),
+    (["--learning-rate", "-1"], ["--learning-rate"]),
+    (["--steps", "0"], ["--steps"]),
+    (["--steps", "many"], ["many"]),
+    (["--attention", "xformers"], ["xformers", "CUDA"]),
+])
+def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, tmp_path):
+    (tmp_path / "EMPTY").write_text("# only a comment\n\n")
+    (tmp_path / "BINARY").write_bytes(b"abc\xff\xfe")
+    arguments = [str(tmp_path / a) if a in ("EMPTY", "BINARY") else a for a in arguments]
+    model = [] if "--model" in arguments else ["--model", "tests/tiny"]
+    done = cli(*model, *arguments, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and all(w in done.stderr for w in words), done.stderr
+    if "many" not in words:  # tyro draws a box of its own around what it cannot parse
+        assert len([line for line in done.stderr.splitlines() if line.startswith("shielddiff: ")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompt_file_format(tmp_path):
+    (tmp_path / "p.txt").write_bytes("﻿# note\r\n\r\na b => c\r\n  d  \r\né => e => f".encode())
+    pairs = sd.read_prompts(str(tmp_path / "p.txt"))
+    assert pairs == [("a b", "c", True), ("d", "d", False), ("é", "e => f", True)]
+
+
+def test_the_prompts_that_ship():
+    pairs = sd.read_prompts(str(ROOT / "prompts.txt"))
+    assert len(pairs) >= 100 and 0.4 < np.mean([e for _, _, e in pairs]) < 0.6
+    unsafe = re.compile(r"nude|naked|topless|nudity|unclothed|undressed|without clothes|nudist", re.I)
+    minor = re.compile(r"\b(girl|boy|child|children|kid|teen|young|youth|baby|student)", re.I)
+    for prompt, caption, elicits in pairs:
+        assert bool(unsafe.search(prompt)) == elicits and not unsafe.search(caption), prompt
+        assert not minor.search(prompt), prompt
+
+
+def test_the_embedded_model_is_small_standard_and_tokenizes_anything(pipe):
+    assert sum(p.stat().st_size for p in (ROOT / "tests/tiny").rglob("*")) < 16 * 2**20
+    assert not list((ROOT / "tests/tiny").rglob("*.bin"))
+    ids = pipe.tokenizer("a zebra über 日本 !?").input_ids
+    assert pipe.tokenizer.decode(ids[1:-1]).replace(" ", "") == "azebraüber日本!?"
+
+
+def test_a_full_disk_or_a_crash_never_leaves_a_half_written_file(tmp_path):
+    target = tmp_path / "file"
+    sd.write_atomically(target, lambda p: p.write_text("old"))
+
+    def breaks(path):
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        sd.write_atomically(target, breaks)
+    assert target.read_text() == "old"
+    shutil.rmtree(tmp_path)
