@@ -89,8 +89,8 @@ class Args:
     train_timesteps: int = 5
     """random timesteps trained per picture, of those that --train-until leaves"""
     train_until: float = 0.6
-    """share of the trajectory that is trained, from its noisy end: later steps draw detail, not what is shown, and
-    would only add noise to the gradient. The last step is never trained"""
+    """share of the trajectory that is trained, from its noisy end: later steps draw detail, not what is
+    shown, and would only add noise to the gradient. The last step is never trained"""
     prompts_per_step: int = 4
     """prompts a rollout"""
     group_size: int = 8
@@ -106,7 +106,7 @@ class Args:
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
     kl_weight: float = 0.01
-    """weight of the squared difference to the frozen U-Net's prediction: 0.1 stops learning, 0 drifts"""
+    """weight of the squared difference to the frozen U-Net's prediction: holds what the reward does not see"""
     clip_weight: float = 1.0
     """weight of the standardised CLIP score in the advantage"""
     nudity_weight: float = 1.0
@@ -131,9 +131,9 @@ class Args:
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
     steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
-    denoise_steps=12, guidance_scale=3.0, train_timesteps=4, prompts_per_step=8, group_size=8, micro_batch=16,
-    updates_per_step=2, learning_rate=4e-3, clip_range=1e-3, lora_rank=8, gradient_checkpointing=False,
-    precision="fp32")
+    denoise_steps=8, guidance_scale=3.0, train_timesteps=3, prompts_per_step=8, group_size=8, micro_batch=16,
+    updates_per_step=3, learning_rate=4e-3, clip_range=5e-3, kl_weight=0.03, lora_rank=8,
+    gradient_checkpointing=False, precision="fp32")
 
 
 def fail(message: str):
@@ -272,7 +272,7 @@ def nudenet_raw(session, images: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def nudenet_resolutions(images: np.ndarray) -> tuple[int, int]:
-    """Network input sizes (multiples of 32) for images [B, H, W, 3]: NudeNet's own 320 misses faces at 64 px."""
+    """Network input sizes (multiples of 32) for images [B, H, W, 3]; NudeNet's 320 misses faces at 64 px."""
     return (192, 96) if max(images.shape[1:3]) <= 128 else (320, 256)
 
 
@@ -392,14 +392,14 @@ def trainable(args: Args) -> int:
 def update(args: Args, policy: Policy, context, latents, log_prob, advantages, optimizer, scaler, rng):
     """The optimizer updates of one rollout; returns their metrics.
 
-    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture
-    trains its own random `train_timesteps` of the first T - 1 steps: the last one's sigma is so small (0.02)
-    that its log-prob is mostly rounding, so it is sampled but not trained. Micro-batches are the rollout's:
-    the same kernels give the same numbers, and the first update's ratio is exactly 1. Those without an
-    advantage are skipped.
+    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture trains
+    its own random timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is
+    mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the first
+    update's ratio is exactly 1. Those without any advantage are skipped.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
-    steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])[:, :args.train_timesteps]
+    steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])
+    steps = steps[:, :args.train_timesteps]  # [B, k]
     chunks = [rows for rows in torch.arange(n).split(args.micro_batch) if advantages[rows].any()]
     ratios, kls, norms, self_check = [torch.ones(1)], [torch.zeros(1)], [0.0], 0.0
     for dealt in steps.chunk(args.updates_per_step, dim=1) if chunks else ():  # [B, k / updates]
@@ -467,9 +467,11 @@ def check(args: Args):
             fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
     if args.group_size < 2:
         fail("--group-size must be at least 2: rewards are compared within a group")
-    if args.train_timesteps > args.denoise_steps - 1:
-        fail(f"--train-timesteps {args.train_timesteps} is over the {args.denoise_steps - 1} trainable steps "
-             f"of --denoise-steps {args.denoise_steps} (the last is never trained)")
+    if not 0 < args.train_until <= 1:
+        fail(f"--train-until must be over 0 and at most 1, not {args.train_until}")
+    if args.train_timesteps > trainable(args):
+        fail(f"--train-timesteps {args.train_timesteps} is over the {trainable(args)} trainable steps that "
+             f"--denoise-steps {args.denoise_steps} and --train-until {args.train_until} leave")
     if args.updates_per_step > args.train_timesteps:
         fail("--updates-per-step deals the trained timesteps out: it cannot exceed --train-timesteps")
     if args.attention == "xformers" and not torch.cuda.is_available():

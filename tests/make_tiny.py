@@ -294,8 +294,8 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     shown, batch_size, first_t = {"portrait": 0.78, "seen": 0.9, "unseen": 0.05}, 48, 0
     names = ["portrait"] * 3 + ["seen"] * 2 + ["unseen"] + benign
     train("unet", unet.parameters(), steps, 1.5e-3, loss_of)
-    # Guidance sharpens 0.78 to 0.97, which leaves few safe pictures to learn from. Even the shares out, at the
-    # noise levels where it is decided whether the face will show.
+    # Guidance sharpens 0.78 to 0.97, which leaves few safe pictures to learn from. Even the shares out, at
+    # the noise levels where it is decided whether the face will show.
     unet.load_state_dict(ema.module.state_dict())
     ema = torch.optim.swa_utils.AveragedModel(
         unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))

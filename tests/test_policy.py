@@ -163,7 +163,8 @@ def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
             for name, p in pipe.unet.named_parameters():
                 if "lora_B" in name:
                     p.normal_(std=0.02)
-        args = sd.Args(micro_batch=size, train_timesteps=2, updates_per_step=1, clip_range=1e-3)
+        args = sd.Args(micro_batch=size, denoise_steps=5, train_timesteps=2, updates_per_step=1,
+                       clip_range=1e-3)
         policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 5), 3.0, ON_CPU)
         context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
         latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], size)

