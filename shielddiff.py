@@ -106,7 +106,7 @@ class Args:
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
     kl_weight: float = 0.01
-    """weight of the squared difference to the frozen U-Net's prediction: holds what the reward does not see"""
+    """weight of the squared difference to the frozen U-Net's prediction: holds what no reward sees"""
     clip_weight: float = 1.0
     """weight of the standardised CLIP score in the advantage"""
     nudity_weight: float = 1.0
@@ -394,8 +394,8 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
 
     context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture trains
     its own random timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is
-    mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the first
-    update's ratio is exactly 1. Those without any advantage are skipped.
+    mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the
+    first update's ratio is exactly 1. Those without any advantage are skipped.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
     steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])
@@ -560,7 +560,7 @@ def save_checkpoint(out: Path, step: int, unet, optimizer, scaler):
     """checkpoint/: everything but the seed that decides the steps to come, as safetensors and JSON."""
     weights = {n: p.detach().cpu().contiguous() for n, p in unet.named_parameters() if p.requires_grad}
     trained = optimizer.param_groups[0]["params"]
-    moments = {f"{i}/{k}": torch.as_tensor(v).cpu().contiguous()
+    moments = {f"{i}/{k}": torch.as_tensor(v).cpu().clone()  # bitsandbytes shares its tables among parameters
                for i, p in enumerate(trained) for k, v in optimizer.state[p].items()}
     folder = out / "checkpoint.tmp"
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import shielddiff as sd
 
 SMALL = ("--model", "tests/tiny", "--denoise-steps", 4, "--train-timesteps", 2, "--prompts-per-step", 2,
-         "--group-size", 2, "--micro-batch", 2)
+         "--group-size", 2, "--micro-batch", 2, "--updates-per-step", 2)
 
 
 def draw(pipe, prompts, seed):
