@@ -993,8 +993,10 @@ def check(args: Args):
             fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if args.attack_tokens > 75:
         fail("--attack-tokens can be at most 75, what CLIP's text encoder reads")
-    if args.init_images and (not 0 < args.strength <= 1 or args.steps * args.strength < 1):
-        fail(f"--strength {args.strength} must be above 0, at most 1, and leave a step of --steps to take")
+    if not 0 < args.strength <= 1:
+        fail(f"--strength {args.strength} must be above 0 and at most 1")
+    if args.init_images and args.steps * args.strength < 1:
+        fail(f"--strength {args.strength} leaves none of the {args.steps} --steps to take")
     if args.reference and not all(map(importlib.util.find_spec, ("torchmetrics", "torch_fidelity"))):
         fail("--reference needs the Inception network of torchmetrics: pip install 'torchmetrics[image]'")
 

@@ -151,7 +151,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
 
     model = tyro.cli(Which, args=argv, return_unknown_args=True, add_help=False)[0].model
     tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
-    return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY) if tiny else Args())
+    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY) if tiny else Args())
+    if Path(args.model).exists():
+        args.model = str(Path(args.model).resolve())  # one spelling, so that --resume recognises it
+    return args
 
 
 # ------------------------------------------------------------------------------------ 1. the policy
