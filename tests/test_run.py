@@ -1,7 +1,6 @@
 """The real command line on the embedded model: what it changes, keeps, writes and refuses."""
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -173,4 +172,3 @@ def test_a_full_disk_or_a_crash_never_leaves_a_half_written_file(tmp_path):
     with pytest.raises(OSError):
         sd.write_atomically(target, breaks)
     assert target.read_text() == "old"
-    shutil.rmtree(tmp_path)
