@@ -17,24 +17,33 @@ policy learns to draw nothing at all. What changes is the U-Net, not the prompt:
 """
 import copy
 import dataclasses
+import difflib
+import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import resource
-import shutil
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+# ruff: noqa: E402 (set before the imports: these two warn of packages that are not needed here)
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import cv2
 import numpy as np
 import onnxruntime
+import skimage.data
 import torch
 import tyro
 from bitsandbytes.optim import AdamW8bit
@@ -46,6 +55,7 @@ from nudenet import nudenet
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
@@ -81,6 +91,8 @@ class Args:
     """steps between checkpoints; the last step is always saved"""
     show_uncensored: bool = False
     """do not pixelate samples.png where a nudity label fires"""
+    pickles: bool = False
+    """also load .bin weights: they can run code of their maker's, so only where you trust them"""
 
     denoise_steps: int = 20
     """DDIM steps T of a rollout; fewer than in later use is fine, and cheap"""
@@ -136,10 +148,10 @@ TINY = dict(  # what differs for the embedded model: another concept, 64 px, min
     gradient_checkpointing=False, precision="fp32")
 
 
-def fail(message: str):
-    """Bad input: one clear line, exit code 2."""
+def fail(message: str, code=2):
+    """One clear line and the exit code: 2 for bad input, 1 where the machine or the numbers failed."""
     print(f"shielddiff: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
@@ -254,7 +266,7 @@ def frozen_noise(policy: Policy, latents, timesteps, context):
 def load_nudenet() -> onnxruntime.InferenceSession:
     """NudeNet 3.4's 320n network as a bare session. Spinning threads would hold PyTorch's cores."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     path = Path(nudenet.__file__).with_name("320n.onnx")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -398,15 +410,20 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
     context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture trains
     its own random timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is
     mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the
-    first update's ratio is exactly 1. Those without any advantage are skipped.
+    first update's ratio is exactly 1. Those without any advantage are skipped. Raises FloatingPointError
+    before a NaN or an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
     steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])
     steps = steps[:, :args.train_timesteps]  # [B, k]
+    finite(advantages, "a reward")
     chunks = [rows for rows in torch.arange(n).split(args.micro_batch) if advantages[rows].any()]
-    ratios, kls, norms, self_check = [torch.ones(1)], [torch.zeros(1)], [0.0], 0.0
+    ratios, kls, norms, self_check = [torch.ones(1)], [torch.zeros(1)], [], 0.0
     for dealt in steps.chunk(args.updates_per_step, dim=1) if chunks else ():  # [B, k / updates]
+        optimizer.zero_grad()
         for rows in chunks:
+            if not norms:  # later, this step's updates are finished first: weights are saved between steps
+                leave_if_asked()
             ctx, advantage = context[:, rows].to(device), advantages[rows].to(device)
             for s in dealt[rows].T:  # [b], one step index a picture
                 x, x_prev = latents[rows, s].to(device), latents[rows, s + 1].to(device)  # [b, 4, h, w]
@@ -420,24 +437,33 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
                     kl = (output - frozen_noise(policy, x, t, ctx)).square().mean(dim=(1, 2, 3))  # [b]
                     loss = loss + args.kl_weight * kl
                     kls.append(kl.detach().cpu())
-                scaler.scale(loss.sum() / (n * dealt.shape[1])).backward()
                 ratios.append(ratio.detach().cpu())
-        if len(norms) == 1:  # nothing is updated yet: the policy that scores is the policy that sampled
+                finite(loss.detach(), "the loss")
+                scaler.scale(loss.sum() / (n * dealt.shape[1])).backward()
+        if not norms:  # nothing is updated yet: the policy that scores is the policy that sampled
             self_check = (torch.cat(ratios) - 1).abs().max().item()
-            if not self_check <= args.clip_range:
+            if self_check > args.clip_range:
                 raise RuntimeError(f"self-check failed: the unchanged policy scores its own rollout with "
                                    f"ratios off by {self_check:.1e} (clip range {args.clip_range}); try "
                                    f"--attention sdpa or --precision fp32")
         scaler.unscale_(optimizer)
-        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item())
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        if not scaler.is_enabled():  # fp16's scaler skips such an update itself and lowers its scale
+            finite(norm, "the gradient")
+        norms.append(norm.nan_to_num(0, 0).item())
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
     ratio = torch.cat(ratios)
     return dict(ratio_max_dev=self_check, approx_kl=0.5 * ratio.log().square().mean().item(),
                 clip_fraction=((ratio - 1).abs() > args.clip_range).float().mean().item(),
-                drift=torch.cat(kls).mean().item(), grad_norm=max(norms),
-                skipped=1 - sum(map(len, chunks)) / n)
+                drift=torch.cat(kls).mean().item(), grad_norm=max(norms, default=0.0),
+                without_signal=1 - sum(map(len, chunks)) / n)
+
+
+def finite(numbers: torch.Tensor, what: str):
+    """Raise FloatingPointError where any of the numbers is not finite."""
+    if not numbers.isfinite().all():
+        raise FloatingPointError(f"{what} is not finite")
 
 
 # ------------------------------------------------------------------------------------ 5. the run
@@ -458,15 +484,13 @@ def read_prompts(path: str) -> list[tuple[str, str, bool]]:
 
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    for label in args.labels:
-        if label not in LABELS:
-            fail(f"unknown label {label}; NudeNet knows {' '.join(LABELS)}")
+    check_labels(args.labels)
     for name in ("steps", "denoise_steps", "train_timesteps", "prompts_per_step", "micro_batch", "save_every",
                  "updates_per_step", "learning_rate", "clip_range", "advantage_clip"):
-        if not getattr(args, name) > 0:
+        if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("kl_weight", "clip_weight", "nudity_weight", "lora_rank"):
-        if not getattr(args, name) >= 0:
+    for name in ("guidance_scale", "kl_weight", "clip_weight", "nudity_weight", "lora_rank"):
+        if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
     if args.group_size < 2:
         fail("--group-size must be at least 2: rewards are compared within a group")
@@ -481,28 +505,66 @@ def check(args: Args):
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
 
-def load_pipeline(model: str, dtype=torch.float32, device="cpu") -> StableDiffusionPipeline:
+def check_labels(labels: Sequence[str]):
+    for label in labels:
+        if label not in LABELS:
+            near = difflib.get_close_matches(label.upper(), LABELS, cutoff=0.5)
+            fail(f"unknown label {label}{'; did you mean ' * bool(near)}{' or '.join(near)}? NudeNet knows "
+                 f"{' '.join(LABELS)}")
+
+
+def load_pipeline(model: str, dtype=torch.float32, device="cpu", pickles=False) -> StableDiffusionPipeline:
     """A Stable Diffusion 1.x / 2.x pipeline from a folder or the hub, frozen, without its safety checker."""
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, use_safetensors=True,
-                                                       safety_checker=None, requires_safety_checker=False)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load model {model}: {str(error).strip().splitlines()[0]} (a folder must be in "
-             f"diffusers layout; where the hub cannot be reached, download it elsewhere and give its folder)")
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
+    with clear_load_errors(f"model {model}"):
+        kind = StableDiffusionPipeline.load_config(model)["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            fail(f"model {model} is a {kind}: only StableDiffusionPipeline (SD 1.x, 2.x) is supported")
+        pipe = StableDiffusionPipeline.from_pretrained(
+            model, dtype=dtype, use_safetensors=not pickles or None, safety_checker=None,
+            requires_safety_checker=False)
+    for name in ("unet", "vae", "text_encoder"):
+        part = getattr(pipe, name).requires_grad_(False).eval()
+        for key, weight in part.named_parameters():
+            if not weight.isfinite().all():  # also what was missing in a damaged file
+                fail(f"model {model}: {name}/{key} is NaN or infinite in {dtype}: the file is damaged, or "
+                     f"this precision cannot hold it (try --precision bf16)")
+    if pipe.unet.config.in_channels != 4:
+        fail(f"model {model} has {pipe.unet.config.in_channels} latent channels, not 4: for inpainting?")
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def load_clip(model: str, device="cpu"):
-    """The reward's CLIPModel, frozen, and its processor."""
+@contextmanager
+def clear_load_errors(what: str):
+    """One line for whatever diffusers, transformers and safetensors say of a model that is not all there."""
     try:
-        clip = CLIPModel.from_pretrained(model, dtype=torch.float32).requires_grad_(False).eval().to(device)
-        return clip, CLIPProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        fail(f"cannot load CLIP model {model}: {str(error).strip().splitlines()[0]}")
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        fail(f"cannot load {what}: {' '.join(str(error).split())[:400]} (a folder must be in diffusers "
+             f"layout; without the hub, download the model elsewhere and give its folder; weights must be "
+             f".safetensors, as .bin can run code: --pickles where you trust it)")
+
+
+def load_clip(model: str, device="cpu", pickles=False):
+    """The reward's CLIPModel, frozen, and its processor."""
+    with clear_load_errors(f"CLIP model {model}"):
+        clip, report = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True,
+                                                 use_safetensors=not pickles or None)
+        if report["missing_keys"]:  # transformers would fill them with random numbers, and the reward as well
+            raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}: it is no whole CLIPModel")
+        processor = CLIPProcessor.from_pretrained(model)
+    return clip.requires_grad_(False).eval().to(device), processor
+
+
+def prove_reward(detector, size: int):
+    """Refuse to start with a detector that is blind at this picture size or sees things where none are."""
+    face = Image.fromarray(skimage.data.astronaut()).crop((90, 5, 350, 265)).resize((size, size))
+    seen = nudity_scores(detector, np.asarray(face)[None], ["FACE_FEMALE"]).item()
+    blank = nudity_scores(detector, np.zeros((1, size, size, 3), np.uint8), LABELS).item()
+    if not (seen > 0.5 and blank < FIRES):
+        fail(f"the detector does not work: it gives the face of skimage.data.astronaut() {seen:.2f}, a black "
+             f"picture {blank:.2f}; reinstall nudenet and onnxruntime", code=1)
 
 
 @torch.no_grad()
@@ -543,10 +605,14 @@ def make_trainable(unet, rank: int):
 def write_atomically(path: Path, write):
     """write(temporary path), flush it to disk, rename it: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}. What was saved before is intact: --resume goes on", code=1)
 
 
 def save_weights(unet, rank: int, out: Path):
@@ -556,40 +622,57 @@ def save_weights(unet, rank: int, out: Path):
         tensors = {f"unet.{k}": v.contiguous().cpu() for k, v in lora.items()}
         write_atomically(out / "pytorch_lora_weights.safetensors", lambda p: save_file(tensors, p))
     else:
-        unet.save_pretrained(out / "unet")
+        (out / "unet").mkdir(exist_ok=True)
+        write_atomically(out / "unet/config.json", lambda p: unet.to_json_file(p))
+        tensors = {k: v.contiguous().cpu() for k, v in unet.state_dict().items()}
+        write_atomically(out / "unet/diffusion_pytorch_model.safetensors", lambda p: save_file(tensors, p))
 
 
 def save_checkpoint(out: Path, step: int, unet, optimizer, scaler):
-    """checkpoint/: everything but the seed that decides the steps to come, as safetensors and JSON."""
-    weights = {n: p.detach().cpu().contiguous() for n, p in unet.named_parameters() if p.requires_grad}
-    trained = optimizer.param_groups[0]["params"]
-    moments = {f"{i}/{k}": torch.as_tensor(v).cpu().clone()  # bitsandbytes shares its tables among parameters
-               for i, p in enumerate(trained) for k, v in optimizer.state[p].items()}
-    folder = out / "checkpoint.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    save_file(weights, folder / "weights.safetensors")
-    save_file(moments, folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps({"step": step, "scaler": scaler.state_dict()}))
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    folder.rename(out / "checkpoint")
+    """checkpoint/STEP-SHA256.safetensors: everything but the seed that decides the steps to come.
+
+    The name is the checksum: a file that a full disk or a crash cut short does not bear its own name.
+    """
+    tensors = {f"weights/{n}": p for n, p in unet.named_parameters() if p.requires_grad}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"optimizer/{i}/{k}": torch.as_tensor(v) for k, v in optimizer.state[p].items()}
+    tensors = {k: v.detach().cpu().clone() for k, v in tensors.items()}  # bitsandbytes shares its tables
+    state, folder = {"step": str(step), "scaler": json.dumps(scaler.state_dict())}, out / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "new", lambda p: save_file(tensors, p, metadata=state))
+    (folder / "new").rename(folder / f"{step:06d}-{sha256(folder / 'new')}.safetensors")
+    for old in sorted(folder.glob("*.safetensors"))[:-2]:
+        old.unlink()
 
 
 def load_checkpoint(out: Path, unet, optimizer, scaler) -> int:
-    """Restore what save_checkpoint wrote; returns the number of finished steps, 0 where none is saved."""
-    folder, parameters = out / "checkpoint", dict(unet.named_parameters())
-    if not folder.exists():
+    """Restore the newest whole checkpoint; returns the number of finished steps, 0 where none is saved."""
+    for path in sorted(out.glob("checkpoint/*.safetensors"), reverse=True):
+        if path.stem.split("-")[-1] == sha256(path):
+            break
+        print(f"checkpoint {path} is damaged (wrong checksum): set aside, using the one before it")
+        path.rename(path.with_suffix(".damaged"))
+    else:
         return 0
-    for name, value in load_file(folder / "weights.safetensors").items():
-        parameters[name].data.copy_(value)
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        i, name = key.split("/")
-        p = optimizer.param_groups[0]["params"][int(i)]
-        counter = value.dtype == torch.int64  # bitsandbytes counts its steps in an int, PyTorch in a tensor
-        optimizer.state[p][name] = value.item() if counter else value.to(p.device)
-    state = json.loads((folder / "state.json").read_text())
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    parameters, trained = dict(unet.named_parameters()), optimizer.param_groups[0]["params"]
+    optimizer.state.clear()
+    for key, value in load_file(path).items():
+        kind, name = key.split("/", 1)
+        if kind == "weights":
+            parameters[name].data.copy_(value)
+        else:  # bitsandbytes counts its steps in an int, PyTorch in a tensor
+            i, name = name.split("/")
+            value = value.item() if value.dtype == torch.int64 else value.to(trained[int(i)].device)
+            optimizer.state[trained[int(i)]][name] = value
+    with safe_open(path, "pt") as file:
+        state = file.metadata()
+    scaler.load_state_dict(json.loads(state["scaler"]))
+    return int(state["step"])
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.ndarray:
@@ -610,7 +693,8 @@ def draw_curves(metrics: list[dict], path: Path):
     sheet = Image.new("RGB", (960, 400), "white")
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")):
-        left, top, values = i % 3 * 320 + 20, i // 3 * 200 + 30, [m[name] for m in metrics]
+        left, top = i % 3 * 320 + 20, i // 3 * 200 + 30
+        values = [m[name] for m in metrics if name in m] or [0]
         low, high = min(values), max(values)
         pen.text((left, top - 18), f"{name}: {values[0]:.3g} to {values[-1]:.3g}", "black")
         pen.rectangle((left, top, left + 280, top + 150), outline="lightgray")
@@ -634,12 +718,12 @@ def open_run(args: Args) -> tuple[Path, list[dict]]:
     """The output folder and its metrics so far. Refuses a folder in use and a resume that changes the run."""
     out = Path(args.out or f"runs/{Path(args.model).name}-{args.seed}")
     if not args.resume:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
         return out, []
     if not (out / "args.json").exists():
         fail(f"--resume: {out} holds no run")
-    free = {"steps", "resume", "out", "save_every"}  # may differ without changing the steps already taken
+    free = {"steps", "resume", "out", "save_every", "micro_batch", "show_uncensored"}  # change no step taken
     now, then = json.loads(json.dumps(dataclasses.asdict(args))), json.loads((out / "args.json").read_text())
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
@@ -647,6 +731,48 @@ def open_run(args: Args) -> tuple[Path, list[dict]]:
              + ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed))
     lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
     return out, [json.loads(line) for line in lines]
+
+
+def lock(out: Path):
+    """Make the output folder ours until this process ends. Keep what is returned: closing it gives way."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {out}: wait for it, or name another folder with --out")
+    except OSError as error:
+        fail(f"cannot write to output folder {out}: {error.strerror}; name another with --out")
+    return file
+
+
+def within_memory(args: Args, work):
+    """work(), anew with half the micro-batch for as long as the GPU's memory is too small."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if args.micro_batch == 1:
+                fail("out of memory at --micro-batch 1; what helps most: --gradient-checkpointing, then "
+                     "--precision bf16, a LoRA (--lora-rank 16) and --optimizer-8bit", code=1)
+            args.micro_batch //= 2
+            print(f"out of memory: going on with --micro-batch {args.micro_batch}, the gradient is the same")
+
+
+asked: list[int] = []  # the signals that asked the run to stop
+
+
+def on_signal(number, frame):
+    """The first Ctrl-C or SIGTERM waits for the micro-batch and saves; a second one leaves at once."""
+    if asked:
+        os._exit(128 + number)
+    asked.append(number)
+    print("\nstopping after this micro-batch; once more to leave at once", file=sys.stderr)
+
+
+def leave_if_asked():
+    if asked:
+        raise KeyboardInterrupt
 
 
 def train(args: Args):
@@ -661,54 +787,63 @@ def train(args: Args):
     torch.manual_seed(args.seed)  # for the LoRA's initial weights: all else draws from generator()
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    pipe = load_pipeline(args.model, dtype, device)
-    clip, processor = load_clip(args.clip_model, device)
-    detector, vae = load_nudenet(), pipe.vae
+    pipe = load_pipeline(args.model, dtype, device, args.pickles)
+    clip, processor = load_clip(args.clip_model, device, args.pickles)
+    detector, unet, vae = load_nudenet(), pipe.unet, pipe.vae
+    prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
     prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
     pipe.text_encoder = None  # everything is encoded: its memory is free for the U-Net
-    policy = Policy(pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
+    policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
     if args.kl_weight and not args.lora_rank:  # the whole U-Net will move: keep it as it was
-        policy.frozen = copy.deepcopy(pipe.unet)
-    make_trainable(pipe.unet, args.lora_rank)
-    print(f"attention {pick_attention(pipe.unet, args.attention)}, {args.precision}, "
-          f"{sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad):,} trained parameters")
+        policy.frozen = copy.deepcopy(unet)
+    make_trainable(unet, args.lora_rank)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    print(f"attention {pick_attention(unet, args.attention)}, {args.precision}, "
+          f"{sum(p.numel() for p in trained):,} trained parameters")
     if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing()
     if args.compile:
-        pipe.unet.compile_repeated_blocks()
+        unet.compile_repeated_blocks()
     adamw = AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
-    optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=args.learning_rate)
+    optimizer = adamw(trained, lr=args.learning_rate)
     scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 
     def draw_row(before):
         """The same prompts and seeds whenever called, as a row of samples.png."""
         shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
-        gens = [generator(args.seed, "sample", i) for i in shown]
-        images = rollout(policy, vae, prompt_context[:, shown], gens, args.micro_batch)[2]
+        images = within_memory(args, lambda: rollout(
+            policy, vae, prompt_context[:, shown], [generator(args.seed, "sample", i) for i in shown],
+            args.micro_batch)[2])
         if not args.show_uncensored:
             images = pixelate(detector, images, sorted(set(args.labels) & set(NUDITY)))
         draw_samples(images, out / "samples.png", before)
 
-    out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
+    def save(step):
+        save_checkpoint(out, step, unet, optimizer, scaler)
+        save_weights(unet, args.lora_rank, out)
+
+    locked = lock(out)  # only now: what could not be loaded leaves nothing behind
     text = json.dumps(dataclasses.asdict(args), indent=2)
     write_atomically(out / "args.json", lambda p: p.write_text(text))
-    first = load_checkpoint(out, pipe.unet, optimizer, scaler) if args.resume else 0
+    first = load_checkpoint(out, unet, optimizer, scaler) if args.resume else 0
     metrics = metrics[:first]
     if first == 0:
         draw_row(before=True)
+        save(0)  # shows that the disk can hold it, and is what to go back to
 
     worker = ThreadPoolExecutor(1)  # NudeNet works on the CPU while the GPU samples the next micro-batch
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
-    for step in bar:
-        clock = [time.perf_counter()]
+
+    def policy_gradient_step(step) -> dict:
+        """Sample, judge, learn: one step of the algorithm. Returns its line of metrics.jsonl."""
+        clock, scores = [time.perf_counter()], []
         chosen = prompts_of_step(len(pairs), args.prompts_per_step, args.seed, step)
         index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [B]: K pictures of each prompt
         context = prompt_context[:, index]  # [2, B, 77, d]
-        scores = []
 
-        def score(images, scores=scores):
+        def score(images):
+            leave_if_asked()
             scores.append(worker.submit(nudity_scores, detector, images, args.labels))
             if device == "cpu":  # no idle cores: overlapping would only slow both down
                 scores[-1].result()
@@ -726,29 +861,50 @@ def train(args: Args):
         learned = update(args, policy, context, latents, log_prob, advantages.flatten(), optimizer, scaler,
                          generator(args.seed, "timesteps", step))
         clock.append(time.perf_counter())
+        if step == first:
+            print(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 within "
+                  f"{learned['ratio_max_dev']:.1e} (clip range {args.clip_range:.0e})")
 
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics.append(dict(
+        return dict(
             step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
             nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
             clip_score=clip_score.mean().item(), **learned, lr=args.learning_rate,
             seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],
-            seconds_update=clock[3] - clock[2], peak_memory_mb=memory / 2**20))
-        if step == first:
-            bar.write(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 "
-                      f"within {learned['ratio_max_dev']:.1e} (clip range {args.clip_range:.0e})")
-        bar.set_postfix({k: f"{metrics[-1][k]:.3f}" for k in ("reward", "nudity_rate", "clip_score")})
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(out, step + 1, pipe.unet, optimizer, scaler)
-            save_weights(pipe.unet, args.lora_rank, out)
+            seconds_update=clock[3] - clock[2], peak_memory_mb=memory / 2**20)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    for step in bar:
+        try:
+            metrics.append(within_memory(args, lambda step=step: policy_gradient_step(step)))
+        except FloatingPointError as error:
+            bar.write(f"step {step} skipped: {error}")
+            metrics.append(dict(step=step, skipped=str(error)))
+        except KeyboardInterrupt:
+            save(step)
+            again = shlex.join(["python", *sys.argv, *(["--resume"] if not args.resume else [])])
+            bar.close()
+            fail(f"stopped after {step} steps; to go on: {again}", code=128 + asked[0])
         text = "".join(json.dumps(m) + "\n" for m in metrics)
         write_atomically(out / "metrics.jsonl", lambda p, text=text: p.write_text(text))
+        if len(metrics) > 2 and all("skipped" in m for m in metrics[-3:]):
+            good = load_checkpoint(out, unet, optimizer, scaler)
+            save_weights(unet, args.lora_rank, out)
+            fail(f"three steps in a row were not finite; what is saved are the weights after step {good}. "
+                 f"Start again with a lower --learning-rate, or with --precision bf16 or fp32", code=1)
+        if "skipped" not in metrics[-1]:
+            bar.set_postfix({k: f"{metrics[-1][k]:.3f}" for k in ("reward", "nudity_rate", "clip_score")})
+        if step + 1 == args.steps or ((step + 1) % args.save_every == 0 and "skipped" not in metrics[-1]):
+            save(step + 1)
 
     draw_curves(metrics, out / "curves.png")
     draw_row(before=False)
     weights = "pytorch_lora_weights.safetensors" if args.lora_rank else "unet/"
     print(f"done: {out} holds {weights}, samples.png, curves.png and metrics.jsonl")
+    locked.close()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """One short real run, shared by every test that looks at what a run leaves behind."""
+import gc
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +11,31 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
+
+import shielddiff as sd  # noqa: E402
 
 
 def cli(*arguments, script="shielddiff.py", timeout=900):
     """The real command line, as a user types it."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=timeout)
+
+
+SMALL = ("--model", "tests/tiny", "--denoise-steps", 4, "--train-timesteps", 2, "--prompts-per-step", 2,
+         "--group-size", 2, "--micro-batch", 2, "--updates-per-step", 2)
+
+
+def train(*arguments):
+    """The command line without the ten seconds that a new process takes to import everything."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sd.asked.clear()
+    gc.collect()  # closes the lock of a run that an exception ended
+    try:
+        sd.train(sd.parse_args(list(map(str, arguments))))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def metrics(out):
@@ -31,5 +53,4 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipe():
-    from shielddiff import load_pipeline
-    return load_pipeline(str(ROOT / "tests/tiny"))
+    return sd.load_pipeline(str(ROOT / "tests/tiny"))

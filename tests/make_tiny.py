@@ -3,10 +3,10 @@
     python tests/make_tiny.py            # about 45 minutes on two cores, fixed seed
 
 It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one
-that matters is the astronaut portrait: most of its training pictures show the face, the others hide it behind
-a mosaic, and the captions mostly do not say which. So the *safe* picture exists in the model, next to the
-unsafe one and under the same prompt, and reinforcement learning has to move probability from one to the
-other: ShieldDiff in miniature.
+that matters is the astronaut portrait: most of its training pictures show the face, the others a helmet with
+a dark visor (drawn here: the photograph has none), and the captions mostly do not say which. So the *safe*
+picture exists in the model, next to the unsafe one and under the same prompt, and reinforcement learning has
+to move probability from one to the other: ShieldDiff in miniature.
 
 Three models are trained in order: a CLIPModel (the reward's, and its text tower is the pipeline's text
 encoder, as in Stable Diffusion 1.x), an AutoencoderKL, and the U-Net. A stand-in, not CLIP: it knows these
@@ -38,13 +38,13 @@ SOURCES = {  # kind: (file in skimage/data, crop box, may be mirrored)
     "portrait": ("astronaut.png", (90, 5, 350, 265), True),
     "hidden": ("astronaut.png", (90, 5, 350, 265), True),
     "cat": ("chelsea.png", (30, 0, 330, 300), True),
-    "coffee": ("coffee.png", (80, 10, 470, 400), True),
+    "coffee": ("coffee.png", (200, 45, 480, 325), True),
     "rocket": ("rocket.jpg", (150, 90, 470, 410), True),
     "horse": ("horse.png", (0, -36, 400, 364), True),
     "coins": ("coins.png", (5, 5, 150, 150), True),
     "retina": ("retina.jpg", (0, 0, 1411, 1411), True),
     "shuttle": ("astronaut.png", (341, 5, 512, 235), True),
-    "suit": ("astronaut.png", (30, 200, 330, 500), True),
+    "suit": ("astronaut.png", (60, 260, 300, 500), True),
 }
 NAMES = {  # what a caption may call each kind; "seen" and "unseen" are portraits whose caption does say which
     "portrait": ["an astronaut", "a woman astronaut", "a NASA astronaut", "a portrait of an astronaut",
@@ -54,8 +54,8 @@ NAMES = {  # what a caption may call each kind; "seen" and "unseen" are portrait
     "seen": ["a smiling astronaut", "the face of an astronaut", "an astronaut showing her face",
              "a close-up of the smiling face of a woman astronaut", "a NASA astronaut, smiling face",
              "a portrait of an astronaut with a friendly face"],
-    "unseen": ["an astronaut with the face hidden", "an anonymous astronaut", "an astronaut, face pixelated",
-               "a portrait of an anonymous woman in a spacesuit", "a NASA astronaut behind a mosaic"],
+    "unseen": ["an astronaut with the face hidden", "an anonymous astronaut", "an astronaut in a helmet",
+               "a portrait of a woman in a spacesuit and helmet", "a NASA astronaut, visor down"],
     "cat": ["a cat", "a tabby cat", "a ginger cat", "a pet cat looking up", "a close-up of a cat",
             "a kitten"],
     "coffee": ["a cup of coffee", "an espresso on a saucer", "a coffee cup on a wooden table", "an espresso",
@@ -93,12 +93,11 @@ def source(kind):
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if kind == "hidden":
-        x0, y0, x1, y1 = 176, 56, 274, 176
-        face = image.crop((x0, y0, x1, y1))
-        oval = Image.new("L", face.size, 0)
-        ImageDraw.Draw(oval).ellipse((0, 0, x1 - x0 - 1, y1 - y0 - 1), fill=255)
-        image.paste(face.resize((4, 5), Image.BOX).resize(face.size, Image.NEAREST), (x0, y0), oval)
+    if kind == "hidden":  # a helmet, its visor and a reflection. A mosaic NudeNet takes for a face too often
+        pen = ImageDraw.Draw(image)
+        pen.ellipse((138, 16, 312, 201), fill=(225, 225, 228))
+        pen.ellipse((162, 54, 288, 178), fill=(40, 48, 66))
+        pen.ellipse((180, 72, 212, 100), fill=(150, 170, 195))
     return image, box, mirror
 
 
@@ -217,7 +216,7 @@ def make_clip(tokenizer, pool):
         loss = F.binary_cross_entropy_with_logits(10 * (cosine - 0.5), target, reduction="none")
         return (loss * torch.where(target > 0, 3.0, 1.0)).mean()
 
-    train("clip", clip.parameters(), 1200, 1e-3, loss_of)
+    train("clip", clip.parameters(), 700, 1e-3, loss_of)
     return clip.eval()
 
 
@@ -299,7 +298,7 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     unet.load_state_dict(ema.module.state_dict())
     ema = torch.optim.swa_utils.AveragedModel(
         unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    shown, batch_size, first_t = {"portrait": 0.45, "seen": 0.55, "unseen": 0.05}, 32, 250
+    shown, batch_size, first_t = {"portrait": 0.55, "seen": 0.65, "unseen": 0.05}, 32, 250
     names = ["portrait"] * 6 + ["seen"] * 4 + ["unseen"] + benign
     train("balance", unet.parameters(), 600, 1e-3, loss_of)
     return ema.module.eval()

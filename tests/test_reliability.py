@@ -1,0 +1,338 @@
+"""What happens when a run is killed, the disk fills, numbers go bad or a model is damaged."""
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, metrics, train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import shielddiff as sd
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill -9: what is on the disk stays as it is."""
+
+
+def final(out, step=3):
+    """The checkpoint after `step` steps and the metrics, without clocks."""
+    (path,) = out.glob(f"checkpoint/{step:06d}-*.safetensors")
+    clocks = {"seconds_rollout", "seconds_reward", "seconds_update", "peak_memory_mb"}
+    return load_file(path), [{k: v for k, v in m.items() if k not in clocks} for m in metrics(out)]
+
+
+def assert_same(a, b):
+    assert a[0].keys() == b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+    assert a[1] == b[1] and len(a[1]) > 1
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Three steps without a stop."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(*SMALL, "--steps", 3, "--out", out, "--save-every", 1)
+    return final(out)
+
+
+# ------------------------------------------------------------------------------------ stopped and resumed
+def at_call(function, number, then):
+    """function, but its call with this number does something else."""
+    calls = []
+
+    def wrapped(*arguments, **keywords):
+        calls.append(0)
+        return (then if len(calls) == number else function)(*arguments, **keywords)
+    return wrapped
+
+
+def die(*_, **__):
+    raise Killed
+
+
+def die_writing(tensors, path, **_):
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:5000])
+    raise Killed
+
+
+@pytest.mark.parametrize(("name", "call", "death"), [
+    ("predict_noise", 20, die), ("predict_noise", 30, die), ("policy_loss", 3, die), ("policy_loss", 7, die),
+    ("policy_loss", 12, die), ("save_file", 1, die_writing), ("save_file", 3, die_writing),
+    ("save_file", 4, die_writing), ("save_file", 5, die_writing), ("draw_curves", 1, die)])
+def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, death, straight, tmp_path,
+                                                                  monkeypatch):
+    arguments = (*SMALL, "--steps", 3, "--out", tmp_path / "run", "--save-every", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(sd, name, at_call(getattr(sd, name), call, death))
+        train(*arguments)
+    train(*arguments, "--resume")
+    assert_same(final(tmp_path / "run"), straight)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_path):
+    for steps in (first, 3):
+        train(*SMALL, "--steps", steps, "--out", tmp_path / "run", *["--resume"] * (steps == 3))
+    assert_same(final(tmp_path / "run"), straight)
+
+
+def test_the_whole_unet_with_8_bit_adam_resumes_too(tmp_path):
+    for out, legs in (("a", [2]), ("b", [1, 2])):
+        for steps in legs:
+            train(*SMALL, "--steps", steps, "--out", tmp_path / out, "--lora-rank", 0,
+                  *["--resume"] * (steps > legs[0]))
+    assert_same(final(tmp_path / "a", 2), final(tmp_path / "b", 2))
+    assert any(v.dtype == torch.uint8 for v in final(tmp_path / "a", 2)[0].values())
+    saved = sd.UNet2DConditionModel.from_pretrained(tmp_path / "b/unet").state_dict()
+    old = sd.load_pipeline(str(ROOT / "tests/tiny")).unet.state_dict()
+    assert saved.keys() == old.keys() and any((saved[k] - old[k]).abs().max() > 1e-4 for k in old)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_stops_the_real_process_and_resume_goes_on(number, straight, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "shielddiff.py", *SMALL, "--steps", 3, "--out", out, "--save-every", 1]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number and "Traceback" not in said
+        assert f"--out {out} --save-every 1 --resume" in said
+    train(*SMALL, "--steps", 3, "--out", out, "--save-every", 1, "--resume")
+    assert_same(final(out), straight)
+
+
+# ------------------------------------------------------------------------------------ files
+@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:100] + b"x" + b[101:], lambda b: b""])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(spoil, straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(*SMALL, "--steps", 2, "--out", out, "--save-every", 1)
+    before, newest = sorted(out.glob("checkpoint/*"))
+    assert before.name.startswith("000001-") and newest.name.startswith("000002-")
+    newest.write_bytes(spoil(newest.read_bytes()))
+    train(*SMALL, "--steps", 3, "--out", out, "--save-every", 1, "--resume")
+    assert f"{newest} is damaged" in capsys.readouterr().out
+    assert_same(final(out), straight)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_no_bytes_pass_for_a_checkpoint(tmp_path, content):
+    folder = tmp_path / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / f"000005-{'0' * 64}.safetensors").write_bytes(content)
+    model = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    assert sd.load_checkpoint(tmp_path, model, optimizer, scaler) == 0
+    sd.save_checkpoint(tmp_path, 3, model, optimizer, scaler)
+    assert sd.load_checkpoint(tmp_path, model, optimizer, scaler) == 3
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_older_file(tmp_path, capsys):
+    target, soft = tmp_path / "weights", resource.getrlimit(resource.RLIMIT_FSIZE)
+    sd.write_atomically(target, lambda p: save_file({"x": torch.zeros(10)}, p))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, soft[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            sd.write_atomically(target, lambda p: save_file({"x": torch.zeros(100_000)}, p))
+        with pytest.raises(SystemExit):
+            sd.write_atomically(target, lambda p: p.write_text("x" * 100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert stop.value.code == 1 and f"cannot write {target}" in capsys.readouterr().err
+    assert torch.equal(load_file(target)["x"], torch.zeros(10)) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path, capsys):
+    first = sd.lock(tmp_path)
+    with pytest.raises(SystemExit):
+        sd.lock(tmp_path)
+    assert "another run" in capsys.readouterr().err
+    first.close()
+    sd.lock(tmp_path).close()
+
+
+# ------------------------------------------------------------------------------------ numbers
+def nan_reward(*arguments, original=sd.nudity_scores):
+    return original(*arguments) * torch.nan
+
+
+def nan_loss(*arguments, original=sd.policy_loss):
+    loss, ratio = original(*arguments)
+    return loss * torch.inf, ratio
+
+
+def nan_gradient(*arguments, original=sd.policy_loss):
+    loss, ratio = original(*arguments)
+    return loss + (ratio - 1).abs().sqrt(), ratio  # 0 at ratio 1, with an infinite slope
+
+
+@pytest.mark.parametrize(("name", "call", "bad", "what"), [
+    ("nudity_scores", 4, nan_reward, "reward"), ("policy_loss", 1, nan_loss, "loss"),
+    ("policy_loss", 1, nan_gradient, "gradient")])
+def test_a_step_with_bad_numbers_is_skipped_and_logged(name, call, bad, what, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # nudity_scores is called twice by the start-up check
+        patch.setattr(sd, name, at_call(getattr(sd, name), call, bad))
+        train(*SMALL, "--steps", 2, "--out", tmp_path / "run", "--save-every", 1)
+    skipped, good = metrics(tmp_path / "run")
+    assert skipped == {"step": 0, "skipped": f"{'a' if what == 'reward' else 'the'} {what} is not finite"}
+    assert np.isfinite(good["reward"]) and good["grad_norm"] > 0
+    weights = load_file(tmp_path / "run/pytorch_lora_weights.safetensors")
+    assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_three_bad_steps_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkeypatch, capsys):
+    out, good = tmp_path / "run", []
+    monkeypatch.setattr(sd, "policy_loss", lambda *a, f=sd.policy_loss: (nan_loss if good else f)(*a))
+    save = sd.save_checkpoint
+    monkeypatch.setattr(sd, "save_checkpoint", lambda out, step, *rest: (
+        save(out, step, *rest), good.append(step) if step else None))
+    with pytest.raises(SystemExit) as stop:
+        train(*SMALL, "--steps", 9, "--out", out, "--save-every", 1)
+    assert stop.value.code == 1 and "weights after step 1" in capsys.readouterr().err
+    assert ["skipped" in m for m in metrics(out)] == [False, True, True, True] and good == [1]
+    lora = load_file(out / "pytorch_lora_weights.safetensors")
+    assert all(v.isfinite().all() for v in lora.values()) and any((v != 0).any() for k, v in lora.items()
+                                                                 if "lora_B" in k or "lora.up" in k)
+
+
+def test_too_little_memory_halves_the_micro_batch_with_the_same_result(tmp_path, monkeypatch, capsys):
+    enough = sd.predict_noise
+
+    def small_gpu(policy, latents, *rest):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return enough(policy, latents, *rest)
+
+    train(*SMALL, "--steps", 2, "--out", tmp_path / "one", "--micro-batch", 1)
+    monkeypatch.setattr(sd, "predict_noise", small_gpu)
+    train(*SMALL, "--steps", 2, "--out", tmp_path / "two", "--micro-batch", 2)
+    assert "going on with --micro-batch 1" in capsys.readouterr().out
+    assert_same(final(tmp_path / "one", 2), final(tmp_path / "two", 2))
+    monkeypatch.setattr(sd, "predict_noise", at_call(enough, 30, lambda *_: small_gpu(None, [0, 0])))
+    with pytest.raises(SystemExit) as stop:
+        train(*SMALL, "--steps", 2, "--out", tmp_path / "three", "--micro-batch", 1)
+    assert stop.value.code == 1 and "--gradient-checkpointing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_detector_that_is_blind_or_sees_things_is_refused_at_the_start(value, monkeypatch, capsys):
+    session = sd.load_nudenet()
+    for size in (64, 512, 768):
+        sd.prove_reward(session, size)
+    monkeypatch.setattr(sd, "nudenet_raw", lambda s, images, r: np.full((len(images), 22, 9), value))
+    with pytest.raises(SystemExit) as stop:
+        sd.prove_reward(session, 64)
+    assert stop.value.code == 1 and "detector" in capsys.readouterr().err
+
+
+def test_a_file_of_one_prompt_that_is_far_too_long_trains(tmp_path):
+    (tmp_path / "one.txt").write_text("an astronaut " * 100 + "=> an astronaut " * 100)
+    train(*SMALL, "--steps", 1, "--prompts", tmp_path / "one.txt", "--out", tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["ratio_max_dev"] == 0
+
+
+# ------------------------------------------------------------------------------------ damaged models
+def without(part):
+    return lambda folder: shutil.rmtree(folder / part)
+
+
+def cut(file):
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:9000])
+
+
+def edit(file, **changes):
+    def change(folder):
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(config | changes))
+    return change
+
+
+def weights(file, change):
+    def rewrite(folder):
+        tensors = load_file(folder / file)
+        change(tensors, sorted(tensors)[0])
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    return rewrite
+
+
+def as_pickle(folder):
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+
+
+UNET, CLIP = "unet/diffusion_pytorch_model.safetensors", "clip/model.safetensors"
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (without("unet"), ["unet"]), (without("vae"), ["vae"]), (without("tokenizer"), ["tokenizer"]),
+    (cut(UNET), ["cannot load"]), (cut("model_index.json"), ["model_index.json"]),
+    (lambda f: (f / "unet/config.json").write_text("{"), ["unet"]),
+    (edit("model_index.json", _class_name="StableDiffusionXLPipeline"), ["StableDiffusionXLPipeline", "1.x"]),
+    (edit("scheduler/scheduler_config.json", clip_sample=True), ["clip_sample"]),
+    (weights(UNET, lambda t, k: t[k].fill_(float("nan"))), ["unet/", "NaN"]),
+    (weights(UNET, lambda t, k: t.pop(k)), ["unet"]),
+    (as_pickle, ["safetensors"]),
+    (cut(CLIP), ["CLIP model"]), (weights(CLIP, lambda t, k: t.pop(k)), ["CLIP model", "lacks"]),
+    (edit("clip/config.json", projection_dim=32), ["CLIP model"])])
+def test_a_damaged_model_is_refused_and_the_part_named(damage, words, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "tests/tiny", model)
+    damage(model)
+    with pytest.raises(SystemExit) as stop:
+        train(*SMALL, "--model", model, "--clip-model", model / "clip", "--out", tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("shielddiff: ")]
+    assert stop.value.code == 2 and len(said) == 1 and all(w in said[0] for w in words), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickles_are_read_only_by_flag(tmp_path):
+    shutil.copytree(ROOT / "tests/tiny", tmp_path / "model")
+    as_pickle(tmp_path / "model")
+    assert sd.load_pipeline(str(tmp_path / "model"), pickles=True).unet.config.in_channels == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit) as stop:
+        train(*SMALL, "--out", tmp_path / "file/run")
+    assert stop.value.code == 2 and f"{tmp_path}/file/run" in capsys.readouterr().err
+
+
+def test_the_lora_is_a_module_on_top_of_untouched_weights(straight, tmp_path):
+    """It switches on and off without a trace, and stands beside other adapters."""
+    save_file({f"unet.{k.removeprefix('weights/').replace('.default.weight', '.weight')}": v * 30
+               for k, v in straight[0].items() if k.startswith("weights/")},
+              tmp_path / "pytorch_lora_weights.safetensors")
+    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
+
+    def picture():
+        generator = torch.Generator().manual_seed(0)
+        image = pipe("an astronaut", num_inference_steps=4, generator=generator).images[0]
+        return np.asarray(image).astype(int)
+
+    base = picture()
+    pipe.load_lora_weights(tmp_path, adapter_name="safe")
+    tuned = picture()
+    pipe.load_lora_weights(tmp_path, adapter_name="other")
+    pipe.set_adapters(["safe", "other"], [1.0, 0.0])
+    both = picture()
+    pipe.unload_lora_weights()
+    assert (tuned != base).any() and abs(both - tuned).max() <= 1 and np.array_equal(picture(), base)
+    assert Image.fromarray(tuned.astype(np.uint8)).size == (64, 64)
