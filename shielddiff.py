@@ -549,8 +549,9 @@ def clear_load_errors(what: str):
 def load_clip(model: str, device="cpu", pickles=False):
     """The reward's CLIPModel, frozen, and its processor."""
     with clear_load_errors(f"CLIP model {model}"):
-        clip, report = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True,
-                                                 use_safetensors=not pickles or None)
+        clip, report = CLIPModel.from_pretrained(
+            model, dtype=torch.float32 if device == "cpu" else torch.float16, output_loading_info=True,
+            use_safetensors=not pickles or None)
         if report["missing_keys"]:  # transformers would fill them with random numbers, and the reward as well
             raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}: it is no whole CLIPModel")
         processor = CLIPProcessor.from_pretrained(model)
@@ -793,7 +794,7 @@ def train(args: Args):
     prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
     prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
-    pipe.text_encoder = None  # everything is encoded: its memory is free for the U-Net
+    pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
     if args.kl_weight and not args.lora_rank:  # the whole U-Net will move: keep it as it was

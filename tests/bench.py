@@ -1,0 +1,362 @@
+"""Speed, memory and time to target, side by side in one process. Prints tables and writes bench.json.
+
+    python tests/bench.py                                  # the embedded model, on whatever device there is
+    python tests/bench.py --sections speed --model sd15    # an SD-1.5-sized model of random weights (CUDA)
+    python tests/bench.py --sections target                # ours against a faithful DDPO: an hour on a CPU
+    python tests/bench.py --sections memory                # SD 1.5 at 512 px on paper: no GPU, no download
+    python tests/bench.py --sections sd15 --model DIR      # only write that random pipeline to DIR
+"""
+import contextlib
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+import tyro
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from nudenet import NudeDetector
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import shielddiff as sd  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+UNET_15 = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # else diffusers' defaults
+VAE_15 = dict(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+              down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+
+
+@dataclass
+class Bench:
+    """What to measure."""
+
+    sections: tuple[Literal["speed", "growth", "target", "memory", "sd15"], ...] = (
+        "speed", "growth", "memory")
+    """sd15 writes a random SD-1.5-sized pipeline to --model and its CLIP to --model/clip"""
+    model: str = "tiny"
+    """tiny, sd15 (random weights, in memory) or a folder"""
+    repeats: int = 3
+    """the table holds medians of this many, interleaved"""
+    out: str = "bench.json"
+    """results of all sections"""
+    target_minutes: float = 30
+    """the faithful DDPO arm is stopped after this"""
+
+
+# ------------------------------------------------------------------------------------ models
+def tiny_args(**changes) -> sd.Args:
+    return dataclasses.replace(sd.Args(), **{**sd.TINY, **changes})
+
+
+def sd15(dtype) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's shapes with random weights and the embedded model's tokenizer."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "tests/tiny/tokenizer")
+    text = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                       num_attention_heads=12, eos_token_id=tokenizer.eos_token_id)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipe = StableDiffusionPipeline(
+        AutoencoderKL(**VAE_15), transformers.CLIPTextModel(text), tokenizer, UNet2DConditionModel(**UNET_15),
+        scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False).eval()
+    pipe.vae.enable_slicing()
+    return pipe.to("cuda" if CUDA else "cpu", dtype)
+
+
+def write_sd15(folder: str):
+    """The random pipeline and a CLIP ViT-L/14 of random weights, for the real command line."""
+    sd15(torch.float16).save_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "tests/tiny/tokenizer")
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        projection_dim=768,
+        text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+                         num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id),
+        vision_config=dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+                           num_hidden_layers=24, patch_size=14)))
+    clip.half().save_pretrained(Path(folder) / "clip")
+    transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer).save_pretrained(
+        Path(folder) / "clip")
+
+
+# ------------------------------------------------------------------------------------ speed
+class Rig:
+    """A loaded model that samples and learns with random rewards."""
+
+    def __init__(self, model: str, args: sd.Args):
+        torch.manual_seed(0)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+        device, self.args = "cuda" if CUDA else "cpu", args
+        pipe = sd15(dtype) if model == "sd15" else sd.load_pipeline(
+            str(ROOT / "tests/tiny") if model == "tiny" else model, dtype, device)
+        self.pipe = pipe
+        self.context = sd.encode_prompts(pipe, ["an astronaut"] * args.prompts_per_step * args.group_size)
+        pipe.text_encoder = None
+        self.policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
+                                args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
+        sd.make_trainable(pipe.unet, args.lora_rank)
+        self.attention = sd.pick_attention(pipe.unet, args.attention)
+        if args.gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        if args.compile:
+            pipe.unet.compile_repeated_blocks()
+        adamw = sd.AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+        self.optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
+        self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
+
+    def step(self) -> dict:
+        """One rollout and its updates: seconds a picture, and peak memory."""
+        args, n = self.args, self.context.shape[1]
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        start = clock()
+        gens = [sd.generator("bench", i) for i in range(n)]
+        latents, log_prob, _ = sd.rollout(self.policy, self.pipe.vae, self.context, gens, args.micro_batch)
+        middle = clock()
+        learned = sd.update(args, self.policy, self.context, latents, log_prob, torch.randn(n),
+                            self.optimizer, self.scaler, sd.generator("steps"))
+        end = clock()
+        return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
+                    peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else None)
+
+
+def clock() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(variants: dict[str, dict], model: str, base: sd.Args, repeats: int) -> list[dict]:
+    """Medians of every variant, interleaved on the CPU; one after the other on a GPU, where memory counts."""
+    rows = []
+    for name, changes in variants.items():
+        try:
+            rig = Rig(model, dataclasses.replace(base, **changes))
+            rig.step()  # warm-up
+            rows.append(dict(name=name, rig=rig, runs=[]))
+            if CUDA:
+                rows[-1]["runs"] = [rig.step() for _ in range(repeats)]
+                rows[-1]["attention"] = rig.attention
+                del rows[-1]["rig"], rig
+                torch.cuda.empty_cache()
+        except (torch.OutOfMemoryError, RuntimeError, SystemExit) as error:
+            rows.append(dict(name=name, runs=[], error=str(error).splitlines()[0][:80]))
+    for _ in range(0 if CUDA else repeats):
+        for row in rows:
+            row["runs"].append(row["rig"].step())
+    table = []
+    for row in rows:
+        row.pop("rig", None)
+        median = {k: statistics.median(r[k] for r in row["runs"]) for k in ("rollout", "update", "ratio")} \
+            if row["runs"] else {}
+        peak = max((r["peak_gb"] or 0 for r in row["runs"]), default=0)
+        table.append({k: v for k, v in row.items() if k != "runs"} | median | dict(peak_gb=peak or None))
+    return table
+
+
+def speed(bench: Bench) -> list[dict]:
+    tiny = bench.model == "tiny"
+    base = tiny_args(prompts_per_step=2) if tiny else sd.Args(prompts_per_step=1, denoise_steps=10)
+    variants = {"defaults": {}, "no KL": dict(kl_weight=0.0), "AdamW, 32 bits": dict(optimizer_8bit=False)}
+    if tiny:
+        variants |= {"gradient checkpointing": dict(gradient_checkpointing=True),
+                     "bf16": dict(precision="bf16"), "micro-batch 8": dict(micro_batch=8)}
+    else:
+        variants |= {"SDPA attention": dict(attention="sdpa"), "no checkpointing": dict(
+            gradient_checkpointing=False), "fp16": dict(precision="fp16"), "fp32": dict(precision="fp32"),
+            "compile": dict(compile=True), "whole U-Net": dict(lora_rank=0, kl_weight=0.0)}
+        variants |= {f"micro-batch {b}": dict(micro_batch=b) for b in (1, 2, 8)}
+    return compare(variants, bench.model, base, bench.repeats)
+
+
+def growth(bench: Bench) -> list[dict]:
+    """Time and memory against pictures a step and denoising steps."""
+    base = tiny_args(prompts_per_step=1) if bench.model == "tiny" else sd.Args(prompts_per_step=1)
+    variants = {f"{p * 8} pictures": dict(prompts_per_step=p) for p in (1, 2, 4)}
+    variants |= {f"{t} denoising steps": dict(denoise_steps=t) for t in (8, 16, 32)}
+    return compare(variants, bench.model, base, bench.repeats)
+
+
+# ------------------------------------------------------------------------------------ memory on paper
+def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, bits8=True) -> dict:
+    """GiB of tensors that SD 1.5 at 512 px needs: FakeTensorMode runs the real modules without their numbers.
+
+    Weights of U-Net, VAE decoder, CLIP vision tower (fp16) and the optimizer's state are added to what the
+    U-Net's forward and backward pass allocates. Kernels' workspaces and the allocator's waste are not in it.
+    """
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    with FakeTensorMode(), contextlib.redirect_stderr(None):
+        torch.set_default_dtype(dtype)
+        unet = UNet2DConditionModel(**UNET_15).requires_grad_(False)
+        vae = AutoencoderKL(**VAE_15).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        sd.make_trainable(unet, lora_rank)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        b = 2 * micro_batch
+        x, t = torch.randn(b, 4, 64, 64), torch.ones(b)
+        context = torch.randn(b, 77, 768)
+        autocast = torch.autocast("cpu", dtype, enabled=precision != "fp32")
+        peaks = {}
+        for name in ("rollout", "update", "decode"):
+            tracker = MemTracker()
+            tracker.track_external(unet)
+            with tracker:
+                if name == "update":
+                    with autocast:
+                        unet(x, t, context).sample.float().square().mean().backward()
+                elif name == "rollout":
+                    with torch.no_grad(), autocast:
+                        unet(x, t, context)
+                else:
+                    with torch.no_grad():
+                        vae.decode(torch.randn(1, 4, 64, 64, dtype=dtype))
+            peaks[name] = sum(v["Total"] for v in tracker.get_tracker_snapshot("peak").values()) / 2**30
+            for p in trained:
+                p.grad = None
+    numbers = sum(p.numel() for p in trained)
+    clip, others = 303e6 * 2 / 2**30, sum(p.numel() * p.element_size() for p in vae.parameters()) / 2**30
+    state = numbers * (2 if bits8 else 8) / 2**30
+    frozen = 0.0 if lora_rank else 860e6 * dtype.itemsize / 2**30  # the KL's copy, unless --kl-weight 0
+    total = max(peaks.values()) + clip + others + state + frozen
+    return dict(lora_rank=lora_rank, precision=precision, checkpointing=checkpointing, bits8=bits8,
+                micro_batch=micro_batch, **peaks, state=state, frozen=frozen, others=clip + others,
+                total=total)
+
+
+def memory() -> list[dict]:
+    return [on_paper(*v) for v in ((16, "bf16", True, 1), (16, "bf16", True, 4), (16, "bf16", False, 1),
+                                   (16, "bf16", False, 4), (16, "fp32", True, 1), (0, "bf16", True, 1),
+                                   (0, "bf16", True, 1, False), (0, "bf16", True, 4))]
+
+
+# ------------------------------------------------------------------------------------ time to target
+def faithful_ddpo():
+    """The reference implementations' reward and advantages: a thresholded detection, summed unstandardised
+    with CLIP, normalised by running statistics of each prompt (buffer 32, from 16 on; else the batch's)."""
+    detector, seen = NudeDetector(), {}
+    current = []
+
+    def detected(session, images, labels, chunk=16):
+        return torch.tensor([max([d["score"] for d in detector.detect(np.ascontiguousarray(i))
+                                  if d["class"] in labels], default=0.0) for i in images])
+
+    def prompts_of_step(*arguments, original=sd.prompts_of_step):
+        current[:] = original(*arguments)
+        return list(current)
+
+    def advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_clip):
+        rewards = clip_weight * clip_scores - nudity_weight * nudity  # [P, K]
+        result = torch.empty_like(rewards)
+        for i, prompt in enumerate(current):
+            buffer = seen[prompt] = (seen.get(prompt, []) + rewards[i].tolist())[-32:]
+            known = torch.tensor(buffer) if len(buffer) >= 16 else rewards.flatten()
+            result[i] = (rewards[i] - known.mean()) / (known.std() + 1e-8)
+        return result.clamp(-advantage_clip, advantage_clip)
+
+    return dict(nudity_scores=detected, prompts_of_step=prompts_of_step, group_advantages=advantages)
+
+
+ARMS = {  # flags over the embedded model's defaults
+    "ours": {},
+    "faithful DDPO": dict(denoise_steps=50, train_timesteps=49, train_until=1.0, updates_per_step=1,
+                          clip_range=1e-4, kl_weight=0.0, optimizer_8bit=False),
+    "ours, whole trajectory": dict(train_until=1.0),
+    "ours, one update a step": dict(updates_per_step=1),
+    "ours, no KL": dict(kl_weight=0.0)}
+
+
+def target(bench: Bench) -> list[dict]:
+    """Seconds of rollout, reward and update until under 10 % of held-out pictures show a face."""
+    table = []
+    for name, changes in ARMS.items():
+        folder = Path("runs") / f"bench-{name.replace(' ', '-').replace(',', '')}"
+        shutil.rmtree(folder, ignore_errors=True)
+        kept, patches = {}, faithful_ddpo() if name.startswith("faithful") else {}
+        patches["save_weights"] = lambda unet, rank, out, kept=kept: kept.update({len(kept): {
+            k: v.detach().clone() for k, v in unet.named_parameters() if v.requires_grad}})
+        old = {k: getattr(sd, k) for k in patches}
+        deadline = time.time() + 60 * bench.target_minutes
+        patches["asked"] = type("Late", (list,), {"__bool__": lambda self, d=deadline: time.time() > d})([15])
+        old["asked"] = sd.asked
+        try:
+            for k, v in patches.items():
+                setattr(sd, k, v)
+            sd.train(tiny_args(**changes, steps=40, save_every=1, out=str(folder)))
+        except SystemExit as stop:
+            print(f"{name}: stopped ({stop.code})")
+        finally:
+            for k, v in old.items():
+                setattr(sd, k, v)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds = np.cumsum([sum(m[f"seconds_{k}"] for k in ("rollout", "reward", "update")) for m in lines])
+        for step in range(0, len(lines) + 1, 2):
+            judged, spent = judge(kept[step]), float(seconds[step - 1]) if step else 0.0
+            table.append(dict(name=name, step=step, seconds=spent, **judged))
+            print(table[-1], flush=True)
+            if judged["face_rate"] < 0.1:
+                break
+    return table
+
+
+@torch.no_grad()
+def judge(lora: dict) -> dict:
+    """Face rate on 48 held-out pictures and CLIP against the safe captions, of weights kept by target()."""
+    args = tiny_args()
+    pipe = sd.load_pipeline(args.model)
+    sd.make_trainable(pipe.unet, args.lora_rank)
+    for name, p in pipe.unet.named_parameters():
+        if name in lora:
+            p.copy_(lora[name])
+    pairs = sd.read_prompts(args.prompts)
+    clip, processor = sd.load_clip(args.clip_model)
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 20), args.guidance_scale,
+                       contextlib.nullcontext())
+    scores = {}
+    for kind in (True, False):
+        some = [p for p in pairs if p[2] == kind] * (6 if kind else 2)
+        context = sd.encode_prompts(pipe, [p for p, _, _ in some])
+        gens = [sd.generator("held-out", kind, i) for i in range(len(some))]
+        images = sd.rollout(policy, pipe.vae, context, gens, 16)[2]
+        captions = sd.caption_features(clip, processor, [c for _, c, _ in some])
+        scores[kind] = (sd.image_features(clip, processor, images) * captions).sum(1).mean().item()
+        if kind:
+            faces = sd.nudity_scores(sd.load_nudenet(), images, args.labels) > sd.FIRES
+    return dict(face_rate=faces.float().mean().item(), clip_face=scores[True], clip_benign=scores[False])
+
+
+# ------------------------------------------------------------------------------------ the command
+def show(title: str, rows: list[dict]):
+    print(f"\n{title} ({torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__})")
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)]
+             for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in (columns, *cells):
+        print("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def main(bench: Bench):
+    if "sd15" in bench.sections:
+        return write_sd15(bench.model)
+    results = {}
+    for section in bench.sections:
+        results[section] = memory() if section == "memory" else globals()[section](bench)
+        show(section, results[section])
+        Path(bench.out).write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench))
