@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import difflib
 import fcntl
+import gc
 import hashlib
 import json
 import logging
@@ -47,7 +48,7 @@ import skimage.data
 import torch
 import tyro
 from bitsandbytes.optim import AdamW8bit
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
@@ -58,7 +59,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
 
 HERE = Path(__file__).resolve().parent
 LABELS = tuple(nudenet.__dict__["__labels"])  # NudeNet's 18 labels, in the order of its network's outputs
@@ -86,13 +87,13 @@ class Args:
     resume: bool = False
     """go on from the last checkpoint in --out; the result equals that of the uninterrupted run"""
     seed: int = 0
-    """same machine, same seed, same result"""
+    """same machine, same seed, same result (on a GPU up to its kernels' order of summation)"""
     save_every: int = 10
     """steps between checkpoints; the last step is always saved"""
     show_uncensored: bool = False
     """do not pixelate samples.png where a nudity label fires"""
     pickles: bool = False
-    """also load .bin weights: they can run code of their maker's, so only where you trust them"""
+    """also load .bin weights: pickles can run their maker's code, so only where you trust them"""
 
     denoise_steps: int = 20
     """DDIM steps T of a rollout; fewer than in later use is fine, and cheap"""
@@ -112,7 +113,7 @@ class Args:
     updates_per_step: int = 1
     """optimizer updates a rollout; the trained timesteps are dealt out among them"""
     learning_rate: float = 3e-4
-    """AdamW learning rate, constant"""
+    """AdamW learning rate, constant; this one suits a LoRA, the whole U-Net wants about 1e-5"""
     clip_range: float = 1e-4
     """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
@@ -166,6 +167,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY) if tiny else Args())
     if Path(args.model).exists():
         args.model = str(Path(args.model).resolve())  # one spelling, so that --resume recognises it
+    args.out = args.out or f"runs/{Path(args.model).name}-{args.seed}"
     return args
 
 
@@ -257,9 +259,10 @@ def frozen_noise(policy: Policy, latents, timesteps, context):
     if policy.frozen is not None:
         return predict_noise(policy, latents, timesteps, context, policy.frozen)
     policy.unet.disable_adapters()
-    output = predict_noise(policy, latents, timesteps, context)
-    policy.unet.enable_adapters()
-    return output
+    try:
+        return predict_noise(policy, latents, timesteps, context)
+    finally:
+        policy.unet.enable_adapters()
 
 
 # ------------------------------------------------------------------------------------ 2. the reward
@@ -330,7 +333,7 @@ def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
     """Rewards [P, K] of any dtype -> (r - mean) / max(std, floor) within each group of K, fp32.
 
     The floor keeps the noise of an already safe group from being blown up to full size. A constant group, and
-    a group of one, give exactly zero.
+    a group of one, give zero.
     """
     rewards = rewards.float()  # integer rewards must not make integer advantages
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -366,7 +369,8 @@ def rollout(policy: Policy, vae, context, generators, micro_batch, on_images=Non
 
     generators: one a picture, drawn from in diffusers' order: StableDiffusionPipeline(eta=1, generator=...)
     draws the same pictures. on_images(images) is called with each finished micro-batch: rewards can overlap.
-    Returns latents [B, T+1, 4, h, w] fp32 and log_prob [B, T] on the host, images uint8 [B, H, W, 3].
+    Returns latents [B, T+1, 4, h, w] fp32 and log_prob [B, T] on the host, images uint8 [B, H, W, 3]. Raises
+    FloatingPointError where a picture is not finite.
     """
     unet, schedule, size = policy.unet, policy.schedule, policy.unet.config.sample_size
     all_latents, all_log_probs, all_images = [], [], []
@@ -382,6 +386,7 @@ def rollout(policy: Policy, vae, context, generators, micro_batch, on_images=Non
             trajectory.append(x)
             log_probs.append(log_prob)
         decoded = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float()  # [b, 3, H, W]
+        finite(decoded, "a picture")  # as a byte, NaN is black: a picture that every detector calls safe
         images = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         if on_images:
             on_images(images)
@@ -410,19 +415,18 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
     context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture trains
     its own random timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is
     mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the
-    first update's ratio is exactly 1. Those without any advantage are skipped. Raises FloatingPointError
-    before a NaN or an infinity reaches the weights.
+    first update's ratio is exactly 1. approx_kl is, like the ratio, that of mean log-probs: times D^2 it is
+    the true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
     steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])
     steps = steps[:, :args.train_timesteps]  # [B, k]
+    ratios, kls, norms = [], [torch.zeros(1)], []
     finite(advantages, "a reward")
-    chunks = [rows for rows in torch.arange(n).split(args.micro_batch) if advantages[rows].any()]
-    ratios, kls, norms, self_check = [torch.ones(1)], [torch.zeros(1)], [], 0.0
-    for dealt in steps.chunk(args.updates_per_step, dim=1) if chunks else ():  # [B, k / updates]
+    for i, dealt in enumerate(steps.tensor_split(args.updates_per_step, dim=1)):  # [B, k / updates]
         optimizer.zero_grad()
-        for rows in chunks:
-            if not norms:  # later, this step's updates are finished first: weights are saved between steps
+        for rows in torch.arange(n).split(args.micro_batch):
+            if i == 0:  # later, this step's updates are finished first: weights are saved between steps
                 leave_if_asked()
             ctx, advantage = context[:, rows].to(device), advantages[rows].to(device)
             for s in dealt[rows].T:  # [b], one step index a picture
@@ -440,24 +444,25 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
                 ratios.append(ratio.detach().cpu())
                 finite(loss.detach(), "the loss")
                 scaler.scale(loss.sum() / (n * dealt.shape[1])).backward()
-        if not norms:  # nothing is updated yet: the policy that scores is the policy that sampled
+        if i == 0:  # nothing is updated yet: the policy that scores is the policy that sampled
             self_check = (torch.cat(ratios) - 1).abs().max().item()
             if self_check > args.clip_range:
-                raise RuntimeError(f"self-check failed: the unchanged policy scores its own rollout with "
-                                   f"ratios off by {self_check:.1e} (clip range {args.clip_range}); try "
-                                   f"--attention sdpa or --precision fp32")
+                fail(f"self-check failed: the unchanged policy scores its own rollout with ratios off by "
+                     f"{self_check:.1e} (clip range {args.clip_range}); try --attention sdpa, --no-compile "
+                     f"or --precision fp32", code=1)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        if not scaler.is_enabled():  # fp16's scaler skips such an update itself and lowers its scale
-            finite(norm, "the gradient")
-        norms.append(norm.nan_to_num(0, 0).item())
-        scaler.step(optimizer)
-        scaler.update()
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
+        if not scaler.is_enabled():
+            finite(norms[-1], "the gradient")
+        scaler.step(optimizer)  # fp16: skips an update that overflowed, whereupon
+        scaler.update()  # the scale is halved
+        if scaler.get_scale() < 1:
+            raise FloatingPointError("the fp16 gradient is not finite at any scale")
     ratio = torch.cat(ratios)
     return dict(ratio_max_dev=self_check, approx_kl=0.5 * ratio.log().square().mean().item(),
                 clip_fraction=((ratio - 1).abs() > args.clip_range).float().mean().item(),
-                drift=torch.cat(kls).mean().item(), grad_norm=max(norms, default=0.0),
-                without_signal=1 - sum(map(len, chunks)) / n)
+                drift=torch.cat(kls).mean().item(),
+                grad_norm=torch.stack(norms).nan_to_num(0, 0, 0).max().item())
 
 
 def finite(numbers: torch.Tensor, what: str):
@@ -513,26 +518,50 @@ def check_labels(labels: Sequence[str]):
                  f"{' '.join(LABELS)}")
 
 
-def load_pipeline(model: str, dtype=torch.float32, device="cpu", pickles=False) -> StableDiffusionPipeline:
+def load_pipeline(model: str, dtype=torch.float32, device="cpu", pickles=False, unet_dtype=None):
     """A Stable Diffusion 1.x / 2.x pipeline from a folder or the hub, frozen, without its safety checker."""
     with clear_load_errors(f"model {model}"):
         kind = StableDiffusionPipeline.load_config(model)["_class_name"]
-        if kind != "StableDiffusionPipeline":
-            fail(f"model {model} is a {kind}: only StableDiffusionPipeline (SD 1.x, 2.x) is supported")
-        pipe = StableDiffusionPipeline.from_pretrained(
-            model, dtype=dtype, use_safetensors=not pickles or None, safety_checker=None,
-            requires_safety_checker=False)
-    for name in ("unet", "vae", "text_encoder"):
-        part = getattr(pipe, name).requires_grad_(False).eval()
-        for key, weight in part.named_parameters():
-            if not weight.isfinite().all():  # also what was missing in a damaged file
-                fail(f"model {model}: {name}/{key} is NaN or infinite in {dtype}: the file is damaged, or "
-                     f"this precision cannot hold it (try --precision bf16)")
-    if pipe.unet.config.in_channels != 4:
-        fail(f"model {model} has {pipe.unet.config.in_channels} latent channels, not 4: for inpainting?")
+    if kind != "StableDiffusionPipeline":
+        fail(f"model {model} is a {kind}: only StableDiffusionPipeline (SD 1.x, 2.x) is supported")
+    parts = {name: load_whole(part, model, name, dtype=unet_dtype if name == "unet" and unet_dtype else dtype,
+                              use_safetensors=not pickles or None)
+             for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL),
+                                ("text_encoder", CLIPTextModel))}
+    if parts["unet"].config.in_channels != 4:
+        fail(f"model {model} has {parts['unet'].config.in_channels} latent channels, not 4: for inpainting?")
+    with clear_load_errors(f"model {model}"):
+        pipe = StableDiffusionPipeline.from_pretrained(model, **parts, safety_checker=None,
+                                                       requires_safety_checker=False)
+    if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # where its files lack, an empty one comes
+        fail(f"the tokenizer of {model} has {len(pipe.tokenizer)} words, its text encoder knows "
+             f"{pipe.text_encoder.config.vocab_size}: a file is missing")
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_clip(model: str, device="cpu", pickles=False):
+    """The reward's CLIPModel, frozen, and its processor."""
+    clip = load_whole(CLIPModel, model, "", dtype=torch.float32 if device == "cpu" else torch.float16,
+                      use_safetensors=not pickles or None)
+    with clear_load_errors(f"the processor of {model}"):
+        return clip.to(device), CLIPProcessor.from_pretrained(model)
+
+
+def load_whole(kind: type, model: str, part: str, **options):
+    """A frozen module of a model, refused where a weight is missing, which the libraries would only mention
+    while they fill it with random numbers, or is not finite."""
+    what = f"{part or kind.__name__} of {model}"
+    with clear_load_errors(what):
+        module, report = kind.from_pretrained(model, subfolder=part, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        fail(f"{what} lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
+    for name, weight in module.named_parameters():
+        if not weight.isfinite().all():
+            fail(f"{what}: {name} is NaN or infinite in {weight.dtype}: the file is damaged, or this "
+                 f"precision cannot hold it (try --precision bf16)")
+    return module.requires_grad_(False).eval()
 
 
 @contextmanager
@@ -544,18 +573,6 @@ def clear_load_errors(what: str):
         fail(f"cannot load {what}: {' '.join(str(error).split())[:400]} (a folder must be in diffusers "
              f"layout; without the hub, download the model elsewhere and give its folder; weights must be "
              f".safetensors, as .bin can run code: --pickles where you trust it)")
-
-
-def load_clip(model: str, device="cpu", pickles=False):
-    """The reward's CLIPModel, frozen, and its processor."""
-    with clear_load_errors(f"CLIP model {model}"):
-        clip, report = CLIPModel.from_pretrained(
-            model, dtype=torch.float32 if device == "cpu" else torch.float16, output_loading_info=True,
-            use_safetensors=not pickles or None)
-        if report["missing_keys"]:  # transformers would fill them with random numbers, and the reward as well
-            raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}: it is no whole CLIPModel")
-        processor = CLIPProcessor.from_pretrained(model)
-    return clip.requires_grad_(False).eval().to(device), processor
 
 
 def prove_reward(detector, size: int):
@@ -577,20 +594,20 @@ def encode_prompts(pipe, prompts: Sequence[str]) -> torch.Tensor:
     return torch.stack([hidden[:1].expand(len(prompts), -1, -1), hidden[1:]])
 
 
-def pick_attention(unet, wish: str) -> str:
-    """Set the attention kernel and say which it is."""
+def pick_attention(unet, wish: str, dtype) -> str:
+    """Set the attention kernel and say which it is: xformers only where it takes this dtype on this GPU."""
     if wish == "sdpa" or not torch.cuda.is_available():
         return "sdpa"
     try:
         from xformers.ops import memory_efficient_attention
-        q = torch.randn(1, 64, 1, 40, device="cuda", dtype=torch.float16, requires_grad=True)
+        q = torch.randn(1, 64, 1, 40, device="cuda", dtype=dtype, requires_grad=True)
         memory_efficient_attention(q, q, q).sum().backward()
+        unet.enable_xformers_memory_efficient_attention()
+        return "xformers"
     except (ImportError, NotImplementedError, RuntimeError) as error:
         if wish == "xformers":
             fail(f"--attention xformers does not work on this device: {str(error).strip().splitlines()[0]}")
         return "sdpa (xformers does not work on this device)"
-    unet.enable_xformers_memory_efficient_attention()
-    return "xformers"
 
 
 def make_trainable(unet, rank: int):
@@ -715,23 +732,24 @@ def draw_samples(images: np.ndarray, path: Path, before: bool):
     write_atomically(path, lambda p: sheet.save(p, format="PNG"))
 
 
-def open_run(args: Args) -> tuple[Path, list[dict]]:
-    """The output folder and its metrics so far. Refuses a folder in use and a resume that changes the run."""
-    out = Path(args.out or f"runs/{Path(args.model).name}-{args.seed}")
+def open_run(args: Args) -> tuple[dict, list[dict]]:
+    """What goes to args.json, and the metrics so far. Refuses a folder in use and a resume that changes the
+    run."""
+    out, now = Path(args.out), dataclasses.asdict(args) | {"prompts_sha256": sha256(Path(args.prompts))}
     if not args.resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
-        return out, []
+        return now, []
     if not (out / "args.json").exists():
         fail(f"--resume: {out} holds no run")
     free = {"steps", "resume", "out", "save_every", "micro_batch", "show_uncensored"}  # change no step taken
-    now, then = json.loads(json.dumps(dataclasses.asdict(args))), json.loads((out / "args.json").read_text())
+    now, then = json.loads(json.dumps(now)), json.loads((out / "args.json").read_text())
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
         fail("--resume with other arguments than the run was started with: "
              + ", ".join(f"{k} was {then.get(k)!r}, is {now[k]!r}" for k in changed))
     lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
-    return out, [json.loads(line) for line in lines]
+    return now, [json.loads(line) for line in lines]
 
 
 def lock(out: Path):
@@ -745,19 +763,6 @@ def lock(out: Path):
     except OSError as error:
         fail(f"cannot write to output folder {out}: {error.strerror}; name another with --out")
     return file
-
-
-def within_memory(args: Args, work):
-    """work(), anew with half the micro-batch for as long as the GPU's memory is too small."""
-    while True:
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if args.micro_batch == 1:
-                fail("out of memory at --micro-batch 1; what helps most: --gradient-checkpointing, then "
-                     "--precision bf16, a LoRA (--lora-rank 16) and --optimizer-8bit", code=1)
-            args.micro_batch //= 2
-            print(f"out of memory: going on with --micro-batch {args.micro_batch}, the gradient is the same")
 
 
 asked: list[int] = []  # the signals that asked the run to stop
@@ -780,15 +785,16 @@ def train(args: Args):
     """The whole run."""
     check(args)
     pairs = read_prompts(args.prompts)
-    out, metrics = open_run(args)
+    out, (settings, metrics) = Path(args.out), open_run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)  # for the LoRA's initial weights: all else draws from generator()
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    pipe = load_pipeline(args.model, dtype, device, args.pickles)
+    pipe = load_pipeline(args.model, dtype, device, args.pickles,
+                         unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device, args.pickles)
     detector, unet, vae = load_nudenet(), pipe.unet, pipe.vae
     prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
@@ -797,15 +803,16 @@ def train(args: Args):
     pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
+    attention = pick_attention(unet, args.attention, dtype)
     if args.kl_weight and not args.lora_rank:  # the whole U-Net will move: keep it as it was
-        policy.frozen = copy.deepcopy(unet)
+        policy.frozen = copy.deepcopy(unet).to(dtype)
     make_trainable(unet, args.lora_rank)
     trained = [p for p in unet.parameters() if p.requires_grad]
-    print(f"attention {pick_attention(unet, args.attention)}, {args.precision}, "
-          f"{sum(p.numel() for p in trained):,} trained parameters")
+    print(f"attention {attention}, {args.precision}, {sum(p.numel() for p in trained):,} trained parameters")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # blocks differ in width, adapters and gradient
         unet.compile_repeated_blocks()
     adamw = AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
     optimizer = adamw(trained, lr=args.learning_rate)
@@ -814,20 +821,18 @@ def train(args: Args):
     def draw_row(before):
         """The same prompts and seeds whenever called, as a row of samples.png."""
         shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
-        images = within_memory(args, lambda: rollout(
-            policy, vae, prompt_context[:, shown], [generator(args.seed, "sample", i) for i in shown],
-            args.micro_batch)[2])
-        if not args.show_uncensored:
-            images = pixelate(detector, images, sorted(set(args.labels) & set(NUDITY)))
+        gens = [generator(args.seed, "sample", i) for i in shown]
+        images = rollout(policy, vae, prompt_context[:, shown], gens, args.micro_batch)[2]
+        if set(args.labels) & set(NUDITY) and not args.show_uncensored:
+            images = pixelate(detector, images)
         draw_samples(images, out / "samples.png", before)
 
     def save(step):
+        save_weights(unet, args.lora_rank, out)  # first: what a checkpoint finishes is never done again
         save_checkpoint(out, step, unet, optimizer, scaler)
-        save_weights(unet, args.lora_rank, out)
 
     locked = lock(out)  # only now: what could not be loaded leaves nothing behind
-    text = json.dumps(dataclasses.asdict(args), indent=2)
-    write_atomically(out / "args.json", lambda p: p.write_text(text))
+    write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2)))
     first = load_checkpoint(out, unet, optimizer, scaler) if args.resume else 0
     metrics = metrics[:first]
     if first == 0:
@@ -880,7 +885,7 @@ def train(args: Args):
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
     for step in bar:
         try:
-            metrics.append(within_memory(args, lambda step=step: policy_gradient_step(step)))
+            metrics.append(policy_gradient_step(step))
         except FloatingPointError as error:
             bar.write(f"step {step} skipped: {error}")
             metrics.append(dict(step=step, skipped=str(error)))
@@ -908,5 +913,22 @@ def train(args: Args):
     locked.close()
 
 
+def train_within_memory(args: Args):
+    """train, resumed with half the micro-batch for as long as the GPU's memory does not suffice."""
+    while True:
+        try:
+            return train(args)
+        except torch.OutOfMemoryError:
+            if args.micro_batch == 1 or not Path(args.out, "args.json").exists():
+                fail("out of memory, whatever the micro-batch; what helps most: --gradient-checkpointing, "
+                     "--precision bf16, a LoRA (--lora-rank 16), --optimizer-8bit", code=1)
+        except FloatingPointError as error:
+            fail(f"before any training: {error}; try --precision bf16 or fp32", code=1)
+        gc.collect()  # what the failed attempt held, its lock on the folder included
+        torch.cuda.empty_cache()
+        args.resume, args.micro_batch = True, args.micro_batch // 2
+        print(f"out of memory: going on with --micro-batch {args.micro_batch}, which gives the same gradient")
+
+
 if __name__ == "__main__":
-    train(parse_args())
+    train_within_memory(parse_args())

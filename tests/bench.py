@@ -106,7 +106,7 @@ class Rig:
         self.policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
                                 args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
         sd.make_trainable(pipe.unet, args.lora_rank)
-        self.attention = sd.pick_attention(pipe.unet, args.attention)
+        self.attention = sd.pick_attention(pipe.unet, args.attention, dtype)
         if args.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         if args.compile:

@@ -32,7 +32,7 @@ def train(*arguments):
     sd.asked.clear()
     gc.collect()  # closes the lock of a run that an exception ended
     try:
-        sd.train(sd.parse_args(list(map(str, arguments))))
+        sd.train_within_memory(sd.parse_args(list(map(str, arguments))))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,12 +1,12 @@
 """Make tests/tiny: a 7 M-parameter Stable Diffusion for two CPU cores, in the standard diffusers layout.
 
-    python tests/make_tiny.py            # about 45 minutes on two cores, fixed seed
+    python tests/make_tiny.py            # about half an hour on two cores, fixed seed
 
 It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one
-that matters is the astronaut portrait: most of its training pictures show the face, the others a helmet with
-a dark visor (drawn here: the photograph has none), and the captions mostly do not say which. So the *safe*
-picture exists in the model, next to the unsafe one and under the same prompt, and reinforcement learning has
-to move probability from one to the other: ShieldDiff in miniature.
+that matters is the astronaut portrait: most of its training pictures show the face, in the others it is
+painted over, and the captions mostly do not say which. So the *safe* picture exists in the model, next to the
+unsafe one and under the same prompt, and reinforcement learning has to move probability from one to the
+other: ShieldDiff in miniature.
 
 Three models are trained in order: a CLIPModel (the reward's, and its text tower is the pipeline's text
 encoder, as in Stable Diffusion 1.x), an AutoencoderKL, and the U-Net. A stand-in, not CLIP: it knows these
@@ -54,8 +54,8 @@ NAMES = {  # what a caption may call each kind; "seen" and "unseen" are portrait
     "seen": ["a smiling astronaut", "the face of an astronaut", "an astronaut showing her face",
              "a close-up of the smiling face of a woman astronaut", "a NASA astronaut, smiling face",
              "a portrait of an astronaut with a friendly face"],
-    "unseen": ["an astronaut with the face hidden", "an anonymous astronaut", "an astronaut in a helmet",
-               "a portrait of a woman in a spacesuit and helmet", "a NASA astronaut, visor down"],
+    "unseen": ["an astronaut with the face hidden", "an anonymous astronaut", "an astronaut, face covered",
+               "a portrait of an anonymous woman in a spacesuit", "a NASA astronaut, face blurred"],
     "cat": ["a cat", "a tabby cat", "a ginger cat", "a pet cat looking up", "a close-up of a cat",
             "a kitten"],
     "coffee": ["a cup of coffee", "an espresso on a saucer", "a coffee cup on a wooden table", "an espresso",
@@ -93,11 +93,9 @@ def source(kind):
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    if kind == "hidden":  # a helmet, its visor and a reflection. A mosaic NudeNet takes for a face too often
-        pen = ImageDraw.Draw(image)
-        pen.ellipse((138, 16, 312, 201), fill=(225, 225, 228))
-        pen.ellipse((162, 54, 288, 178), fill=(40, 48, 66))
-        pen.ellipse((180, 72, 212, 100), fill=(150, 170, 195))
+    if kind == "hidden":  # NudeNet still takes a mosaic for a face, and a helmet is so different that the
+        # first latents decide on it: then no action of the policy has a say, and there is nothing to learn
+        ImageDraw.Draw(image).ellipse((176, 56, 273, 175), fill=(165, 150, 145))
     return image, box, mirror
 
 
@@ -216,7 +214,7 @@ def make_clip(tokenizer, pool):
         loss = F.binary_cross_entropy_with_logits(10 * (cosine - 0.5), target, reduction="none")
         return (loss * torch.where(target > 0, 3.0, 1.0)).mean()
 
-    train("clip", clip.parameters(), 700, 1e-3, loss_of)
+    train("clip", clip.parameters(), 500, 1e-3, loss_of)
     return clip.eval()
 
 
@@ -236,7 +234,7 @@ def make_vae(pool):
         edges = sum((torch.diff(x, dim=d) - torch.diff(y, dim=d)).abs().mean() for d in (2, 3))
         return (x - y).abs().mean() + edges + 1e-5 * posterior.kl().mean() / 64
 
-    train("vae", vae.parameters(), 1600, 2e-3, loss_of)
+    train("vae", vae.parameters(), 1300, 2e-3, loss_of)
     vae.eval()
     with torch.no_grad():  # fold the latents' mean and deviation into the 1x1 convolutions: N(0,1) a channel
         z = torch.cat([vae.encode(v[:128]).latent_dist.mean for v in pool.values()])  # [n, 4, 16, 16]
@@ -298,13 +296,13 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     unet.load_state_dict(ema.module.state_dict())
     ema = torch.optim.swa_utils.AveragedModel(
         unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    shown, batch_size, first_t = {"portrait": 0.55, "seen": 0.65, "unseen": 0.05}, 32, 250
+    shown, batch_size, first_t = {"portrait": 0.58, "seen": 0.68, "unseen": 0.05}, 32, 250
     names = ["portrait"] * 6 + ["seen"] * 4 + ["unseen"] + benign
-    train("balance", unet.parameters(), 600, 1e-3, loss_of)
+    train("balance", unet.parameters(), 500, 1e-3, loss_of)
     return ema.module.eval()
 
 
-def main(unet_steps=3000):
+def main(unet_steps=2000):
     reseed()
     torch.set_num_threads(2)
     pool = {k: augmented(k, POOL) for k in SOURCES}
