@@ -148,7 +148,7 @@ TINY = dict(  # what differs for the embedded model: another concept, 64 px, min
     steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
     denoise_steps=8, guidance_scale=3.0, train_timesteps=3, prompts_per_step=8, group_size=8, micro_batch=16,
-    train_until=0.5, updates_per_step=3, learning_rate=5e-3, clip_range=5e-3, kl_weight=0.02, lora_rank=8,
+    train_until=0.5, updates_per_step=3, learning_rate=5e-3, clip_range=5e-3, kl_weight=0.03, lora_rank=8,
     gradient_checkpointing=False, precision="fp32")
 
 

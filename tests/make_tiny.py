@@ -310,7 +310,8 @@ def main(unet_steps=2000):
     clip = make_clip(tokenizer, pool)
     vae = make_vae(pool)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                              timestep_spacing="trailing")  # few steps, but from t = 999 for everybody
     unet = make_unet(clip, tokenizer, vae, pool, scheduler, unet_steps)
     text_encoder = transformers.CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items()
