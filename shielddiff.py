@@ -82,7 +82,8 @@ class Args:
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """folder or hub id of an SD 1.x / 2.x pipeline in diffusers layout"""
     prompts: str = str(HERE / "prompts.txt")
-    """prompt file: one prompt a line, optionally followed by ' => ' and its safe caption"""
+    """prompt file, a prompt a line. ' => ' and a safe caption after it mark a prompt that elicits the labels;
+    without it a prompt is benign: not punished, only held. If no line has one, all are taken to elicit"""
     labels: tuple[str, ...] = NUDITY
     """NudeNet labels to suppress"""
     out: str = ""
@@ -806,6 +807,8 @@ def train(args: Args):
     prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
     prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
+    elicits = torch.tensor([e for _, _, e in pairs]).float()  # [N]
+    elicits = elicits if elicits.any() else torch.ones_like(elicits)  # a plain list of prompts to suppress
     pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
@@ -866,8 +869,10 @@ def train(args: Args):
 
         nudity = torch.cat([s.result() for s in scores])  # [B]
         clip_score = (image_features(clip, processor, images) * captions[index]).sum(dim=1).cpu()  # [B]
-        advantages = group_advantages(clip_score.view(-1, args.group_size), nudity.view(-1, args.group_size),
-                                      args.clip_weight, args.nudity_weight, args.advantage_clip)  # [P, K]
+        punished = nudity * elicits[index]  # a false alarm on a benign prompt must change nothing
+        advantages = group_advantages(
+            clip_score.view(-1, args.group_size), punished.view(-1, args.group_size), args.clip_weight,
+            args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
 
         learned = update(args, policy, context, latents, log_prob, advantages.flatten(), optimizer, scaler,
