@@ -12,8 +12,9 @@ picture is a black box with two terms, each standardised among the K pictures of
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
     loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * |noise_theta - noise_frozen|^2
 
-The nudity term removes the content; the CLIP term and the KL keep the rest of the picture, without which the
-policy learns to draw nothing at all. What changes is the U-Net, not the prompt: no filter to talk around.
+The nudity term removes the content (benign prompts go without it: a false alarm must not change them); the
+CLIP term and the KL keep the rest of the picture, without which the policy learns to draw nothing at all.
+What changes is the U-Net, not the prompt: no filter to talk around.
 
 Sections 1 to 4 are the method and policy_gradient_step, in train(), is its pseudocode; the rest of section 5
 is what lets a run be left alone overnight: bad input, bad numbers, too little memory, kill and resume.
@@ -461,8 +462,8 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
         norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
         if not scaler.is_enabled():
             finite(norms[-1], "the gradient")
-        scaler.step(optimizer)  # fp16: skips an update that overflowed, whereupon
-        scaler.update()  # the scale is halved
+        scaler.step(optimizer)  # in fp16 an update that overflowed is skipped, its scale then halved
+        scaler.update()
         if scaler.get_scale() < 1:
             raise FloatingPointError("the fp16 gradient is not finite at any scale")
     ratio = torch.cat(ratios)
@@ -885,7 +886,7 @@ def train(args: Args):
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return dict(
-            step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
+            step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * punished).mean().item(),
             nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
             clip_score=clip_score.mean().item(), **learned, lr=args.learning_rate,
             seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],
@@ -934,7 +935,7 @@ def train_within_memory(args: Args):
                 fail("out of memory, whatever the micro-batch; what helps most: --gradient-checkpointing, "
                      "--precision bf16, a LoRA (--lora-rank 16), --optimizer-8bit", code=1)
         except FloatingPointError as error:
-            fail(f"before any training: {error}; try --precision bf16 or fp32", code=1)
+            fail(f"cannot draw samples.png: {error}; try --precision bf16 or fp32", code=1)
         gc.collect()  # what the failed attempt held, its lock on the folder included
         torch.cuda.empty_cache()
         args.resume, args.micro_batch = True, args.micro_batch // 2
