@@ -429,7 +429,7 @@ def load_judges(args: Args, rival: str, device) -> Judges:
 
 def sees_face(cascade: Cascade, image: np.ndarray) -> bool:
     """skimage's LBP cascade. Its parameters were chosen on real crops of the photographs of an earlier
-    embedded model: 30 of 30 faces found, none of 270 pictures without one (30 of them mosaics) taken for one."""
+    embedded model: 30 of 30 faces found, none in 270 pictures without one (30 of them mosaics)."""
     scale = max(1.0, 128 / max(image.shape[:2]))
     large = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     return bool(cascade.detect_multi_scale(img=large, scale_factor=1.1, step_ratio=1, min_size=(48, 48),

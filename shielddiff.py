@@ -12,8 +12,9 @@ picture is a black box with two terms, each standardised among the K pictures of
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
     loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * |noise_theta - noise_frozen|^2
 
-The nudity term removes the content (benign prompts go without it: a false alarm must not change them); the
-CLIP term and the KL keep the rest of the picture, without which the policy learns to draw nothing at all.
+The nudity term removes the content and the CLIP term keeps the rest of the picture, without which the policy
+learns to draw nothing at all. Benign prompts go without the nudity term (a false alarm must not change them),
+and they alone have the KL: it holds them where they are, while the others are free to move.
 What changes is the U-Net, not the prompt: no filter to talk around.
 
 Sections 1 to 4 are the method and policy_gradient_step, in train(), is its pseudocode; the rest of section 5
@@ -56,10 +57,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
+from matplotlib.figure import Figure
 from nudenet import nudenet
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -84,7 +86,7 @@ class Args:
     """folder or hub id of an SD 1.x / 2.x pipeline in diffusers layout"""
     prompts: str = str(HERE / "prompts.txt")
     """prompt file, a prompt a line. ' => ' and a safe caption after it mark a prompt that elicits the labels;
-    without it a prompt is benign: not punished, only held. If no line has one, all are taken to elicit"""
+    without it a prompt is benign: not punished, only held. If no line has one, all elicit, none is held"""
     labels: tuple[str, ...] = NUDITY
     """NudeNet labels to suppress"""
     out: str = ""
@@ -123,8 +125,8 @@ class Args:
     """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
-    kl_weight: float = 0.01
-    """weight of the squared difference to the frozen U-Net's prediction: holds what no reward sees"""
+    kl_weight: float = 0.3
+    """weight of the squared difference to the frozen U-Net's prediction on benign prompts: holds them"""
     clip_weight: float = 1.0
     """weight of the standardised CLIP score in the advantage"""
     nudity_weight: float = 1.0
@@ -149,8 +151,8 @@ class Args:
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
     steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
-    denoise_steps=8, guidance_scale=3.0, train_timesteps=3, prompts_per_step=8, group_size=8, micro_batch=16,
-    train_until=0.5, updates_per_step=3, learning_rate=5e-3, clip_range=5e-3, kl_weight=0.03, lora_rank=8,
+    denoise_steps=8, guidance_scale=3.0, train_timesteps=4, prompts_per_step=6, group_size=8, micro_batch=16,
+    train_until=0.5, updates_per_step=4, learning_rate=5e-3, clip_range=1.5e-3, lora_rank=8,
     gradient_checkpointing=False, precision="fp32")
 
 
@@ -417,12 +419,13 @@ def trainable(args: Args) -> int:
     return min(math.ceil(args.denoise_steps * args.train_until), args.denoise_steps - 1)
 
 
-def update(args: Args, policy: Policy, context, latents, log_prob, advantages, optimizer, scaler, rng):
+def update(args: Args, policy: Policy, context, latents, log_prob, advantages, held, optimizer, scaler, rng):
     """The optimizer updates of one rollout; returns their metrics.
 
-    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B]. Every picture trains
-    its own random timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is
-    mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the
+    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], held [B] bool: pictures
+    of benign prompts, on which alone the KL to the frozen U-Net acts: eliciting prompts must be free to move,
+    and CLIP keeps their meaning. Every picture trains its own random timesteps. The last is never among them:
+    its sigma is so small (0.02) that its log-prob is mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the
     first update's ratio is exactly 1. approx_kl is, like the ratio, that of mean log-probs: times D^2 it is
     the true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
     """
@@ -437,6 +440,7 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
             if i == 0:  # later, this step's updates are finished first: weights are saved between steps
                 leave_if_asked()
             ctx, advantage = context[:, rows].to(device), advantages[rows].to(device)
+            hold = held[rows].to(device)  # [b]
             for s in dealt[rows].T:  # [b], one step index a picture
                 x, x_prev = latents[rows, s].to(device), latents[rows, s + 1].to(device)  # [b, 4, h, w]
                 t = schedule.timesteps[s].to(device)
@@ -445,13 +449,15 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, o
                                          schedule.prediction_type, prev_sample=x_prev)[1]
                 old_log_prob = log_prob[rows, s].to(device)
                 loss, ratio = policy_loss(new_log_prob, old_log_prob, advantage, args.clip_range)
-                if args.kl_weight:  # between predictions, without the KL's 1 / sigma^2, which blows up
-                    kl = (output - frozen_noise(policy, x, t, ctx)).square().mean(dim=(1, 2, 3))  # [b]
-                    loss = loss + args.kl_weight * kl
+                loss = loss.sum()
+                if args.kl_weight and hold.any():  # between predictions: the KL's own 1 / sigma^2 blows up
+                    frozen = frozen_noise(policy, x[hold], t[hold], ctx[:, hold])
+                    kl = (output[hold] - frozen).square().mean(dim=(1, 2, 3))  # [held of b]
+                    loss = loss + args.kl_weight * kl.sum()
                     kls.append(kl.detach().cpu())
                 ratios.append(ratio.detach().cpu())
                 finite(loss.detach(), "the loss")
-                scaler.scale(loss.sum() / (n * dealt.shape[1])).backward()
+                scaler.scale(loss / (n * dealt.shape[1])).backward()
         if i == 0:  # nothing is updated yet: the policy that scores is the policy that sampled
             self_check = (torch.cat(ratios) - 1).abs().max().item()
             if self_check > args.clip_range:
@@ -716,18 +722,12 @@ def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.
 
 def draw_curves(metrics: list[dict], path: Path):
     """curves.png: one small chart a metric, over the steps."""
-    sheet = Image.new("RGB", (960, 400), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")):
-        left, top = i % 3 * 320 + 20, i // 3 * 200 + 30
-        values = [m[name] for m in metrics if name in m] or [0]
-        low, high = min(values), max(values)
-        pen.text((left, top - 18), f"{name}: {values[0]:.3g} to {values[-1]:.3g}", "black")
-        pen.rectangle((left, top, left + 280, top + 150), outline="lightgray")
-        points = [(left + 280 * k / max(len(values) - 1, 1), top + 150 - 150 * (v - low) / (high - low or 1))
-                  for k, v in enumerate(values)]
-        pen.line(points, fill="steelblue", width=2)
-    write_atomically(path, lambda p: sheet.save(p, format="PNG"))
+    names = ("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for chart, name in zip(figure.subplots(2, 3).flat, names, strict=True):
+        chart.plot(*zip(*[(m["step"], m[name]) for m in metrics if name in m], strict=True))
+        chart.set_title(name)
+    write_atomically(path, lambda p: figure.savefig(p, format="png"))
 
 
 def draw_samples(images: np.ndarray, path: Path, before: bool):
@@ -876,8 +876,8 @@ def train(args: Args):
             args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
 
-        learned = update(args, policy, context, latents, log_prob, advantages.flatten(), optimizer, scaler,
-                         generator(args.seed, "timesteps", step))
+        learned = update(args, policy, context, latents, log_prob, advantages.flatten(), elicits[index] == 0,
+                         optimizer, scaler, generator(args.seed, "timesteps", step))
         clock.append(time.perf_counter())
         if step == first:
             print(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 within "
@@ -885,10 +885,12 @@ def train(args: Args):
 
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        judged = nudity[elicits[index] > 0] if elicits[index].any() else punished
         return dict(
             step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * punished).mean().item(),
-            nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
-            clip_score=clip_score.mean().item(), **learned, lr=args.learning_rate,
+            nudity_score=judged.mean().item(), nudity_rate=(judged > FIRES).float().mean().item(),
+            clip_score=clip_score.mean().item(),
+            groups_without_signal=(advantages == 0).all(dim=1).sum().item(), **learned, lr=args.learning_rate,
             seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],
             seconds_update=clock[3] - clock[2], peak_memory_mb=memory / 2**20)
 

@@ -125,7 +125,7 @@ class Rig:
         latents, log_prob, _ = sd.rollout(self.policy, self.pipe.vae, self.context, gens, args.micro_batch)
         middle = clock()
         learned = sd.update(args, self.policy, self.context, latents, log_prob, torch.randn(n),
-                            self.optimizer, self.scaler, sd.generator("steps"))
+                            torch.arange(n) % 3 == 0, self.optimizer, self.scaler, sd.generator("steps"))
         end = clock()
         return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
                     peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else None)

@@ -169,7 +169,8 @@ def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
         context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
         latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], size)
         optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
-        sd.update(args, policy, context, latents, log_prob, torch.tensor([1.0, -2.0, 0.5, 0.5]), optimizer,
+        sd.update(args, policy, context, latents, log_prob, torch.tensor([1.0, -2.0, 0.5, 0.5]),
+                  torch.tensor([True, False, True, False]), optimizer,
                   torch.amp.GradScaler("cpu", enabled=False), sd.generator("t"))
         return torch.cat([g.flatten() for g in optimizer.seen])
 

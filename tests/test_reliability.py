@@ -241,6 +241,23 @@ def test_a_detector_that_is_blind_or_sees_things_is_refused_at_the_start(value, 
     assert stop.value.code == 1 and "detector" in capsys.readouterr().err
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=80)
+       | st.text(st.sampled_from("ab#=> \t\r\n\ufeff\u2028é"), max_size=40).map(str.encode))
+def test_any_bytes_are_prompts_or_one_clear_line(tmp_path, capsys, content):
+    """And what was read, written again, reads the same."""
+    (tmp_path / "p.txt").write_bytes(content)
+    try:
+        pairs = sd.read_prompts(str(tmp_path / "p.txt"))
+    except SystemExit as stop:
+        assert stop.code == 2 and capsys.readouterr().err.startswith("shielddiff: prompt file")
+        return
+    assert all(p and c and p == p.strip() and not p.startswith("#") for p, c, _ in pairs)
+    again = "".join(f"{p} => {c}\n" if elicits else f"{p}\n" for p, c, elicits in pairs)
+    (tmp_path / "p.txt").write_text(again, encoding="utf-8-sig")
+    assert sd.read_prompts(str(tmp_path / "p.txt")) == pairs
+
+
 def test_a_file_of_one_prompt_that_is_far_too_long_trains(tmp_path):
     (tmp_path / "one.txt").write_text("an astronaut " * 100 + "=> an astronaut " * 100)
     train(*SMALL, "--steps", 1, "--prompts", tmp_path / "one.txt", "--out", tmp_path / "run")

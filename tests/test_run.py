@@ -32,7 +32,7 @@ def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         if name == "tuned":
             pipe.load_lora_weights(out)
-        faces = draw(pipe, [p for p, _, _ in elicit] * 5, seed=1)
+        faces = draw(pipe, [p for p, _, _ in elicit] * 3, seed=1)
         rate[name] = (sd.nudity_scores(session, faces, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
         kept = draw(pipe, [p for p, _, _ in benign] * 8, seed=2)
         captions = sd.caption_features(clip, processor, [c for _, c, _ in benign] * 8)
