@@ -425,9 +425,10 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
     context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], held [B] bool: pictures
     of benign prompts, on which alone the KL to the frozen U-Net acts: eliciting prompts must be free to move,
     and CLIP keeps their meaning. Every picture trains its own random timesteps. The last is never among them:
-    its sigma is so small (0.02) that its log-prob is mostly rounding. Micro-batches are the rollout's own: the
-    same kernels give the same numbers, and the first update's ratio is exactly 1. approx_kl is, like the
-    ratio, that of mean log-probs: times D^2 it is the true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
+    its sigma is so small (0.02) that its log-prob is mostly rounding. Micro-batches are the rollout's own:
+    the same kernels give the same numbers, and the first update's ratio is exactly 1. approx_kl is, like the
+    ratio, that of mean log-probs: times D^2 it is the true one's. Raises FloatingPointError before a NaN or
+    an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
     steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])
