@@ -125,7 +125,7 @@ class Args:
     """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
-    kl_weight: float = 0.3
+    kl_weight: float = 1.0
     """weight of the squared difference to the frozen U-Net's prediction on benign prompts: holds them"""
     clip_weight: float = 1.0
     """weight of the standardised CLIP score in the advantage"""
