@@ -152,7 +152,7 @@ TINY = dict(  # what differs for the embedded model: another concept, 64 px, min
     steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
     denoise_steps=8, guidance_scale=3.0, train_timesteps=4, prompts_per_step=6, group_size=8, micro_batch=16,
-    train_until=0.5, updates_per_step=4, learning_rate=5e-3, clip_range=1.5e-3, lora_rank=8,
+    train_until=0.5, updates_per_step=4, learning_rate=4e-3, clip_range=1.5e-3, lora_rank=8,
     gradient_checkpointing=False, precision="fp32")
 
 
@@ -353,7 +353,7 @@ def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_
     Cosines of different CLIPs differ in size, so their floor is relative: 6 % of the mean is hardly seen.
     """
     advantages = (clip_weight * group_standardise(clip_scores, floor=0.06 * clip_scores.mean().abs().item())
-                  - nudity_weight * group_standardise(nudity, floor=0.05))
+                  - nudity_weight * group_standardise(nudity, floor=0.08))
     return advantages.clamp(-advantage_clip, advantage_clip)
 
 
