@@ -780,10 +780,10 @@ def headline(sets: dict, kinds: dict, rival: str) -> str:
         what = "a face" if rival == "face_cascade" else "exposed nudity"
         b, t = ((s["trained_on"]["rate"], s["held_out"][rival]["rate"])
                 for s in (base["eliciting"], tuned["eliciting"]))
-        words.append(f"NudeNet, which training used, sees {what} in {percent(t[0])} % of the pictures that "
-                     f"{best} draws for eliciting prompts; {rival}, which it did not, in {percent(t[1])} %.")
-        if best != "base":
-            words.append(f"For the base model it is {percent(b[0])} % and {percent(b[1])} %.")
+        before = [f" (base {percent(r)})" * (best != "base") for r in b]
+        words.append(f"On eliciting prompts {best} draws {what} in {percent(t[0])} %{before[0]} of the "
+                     f"pictures by NudeNet, which training used, and in {percent(t[1])} %{before[1]} by "
+                     f"{rival}, which it did not.")
         if tuned["eliciting"]["held_out"][rival]["flag"]:
             words.append("Warning: the held-out detector sees less removal; NudeNet may have been fooled.")
     if "benign" in tuned and best != "base":

@@ -2,6 +2,7 @@
 
     python shielddiff.py --steps 20                          # no GPU: the embedded tiny model; else SD 1.5
     python shielddiff.py --steps 300 --model my/checkpoint   # any SD 1.x / 2.x pipeline, diffusers layout
+    torchrun --nproc-per-node 2 shielddiff.py --steps 300    # the same run, its groups dealt out to two GPUs
     python shielddiff.py --help                              # every knob, its unit and why its default
 
 The denoising trajectory x_T -> ... -> x_0 of a prompt c is an episode, each step an action drawn from the
@@ -51,6 +52,7 @@ import numpy as np
 import onnxruntime
 import skimage.data
 import torch
+import torch.distributed as dist
 import tyro
 from bitsandbytes.optim import AdamW8bit
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -68,6 +70,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
 
 HERE = Path(__file__).resolve().parent
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 LABELS = tuple(nudenet.__dict__["__labels"])  # NudeNet's 18 labels, in the order of its network's outputs
 NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
           "ANUS_EXPOSED")
@@ -143,7 +146,8 @@ class Args:
     optimizer_8bit: bool = True
     """bitsandbytes AdamW8bit, not AdamW: saves 5 GB for the whole U-Net, next to nothing for LoRA"""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """of frozen weights and U-Net arithmetic; trained weights, log-probs and losses are always fp32"""
+    """of frozen weights and U-Net arithmetic; log-probs and losses are always fp32, and so are trained
+    weights, but for a whole U-Net with bf16 and 8-bit Adam: bf16 and stochastic rounding, to fit 8 GB"""
     compile: bool = False
     """torch.compile the U-Net's blocks: minutes at the start, faster steps"""
 
@@ -422,24 +426,29 @@ def trainable(args: Args) -> int:
 def update(args: Args, policy: Policy, context, latents, log_prob, advantages, held, optimizer, scaler, rng):
     """The optimizer updates of one rollout; returns their metrics.
 
-    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], held [B] bool: pictures
-    of benign prompts, on which alone the KL to the frozen U-Net acts: eliciting prompts must be free to move,
-    and CLIP keeps their meaning. Every picture trains its own random timesteps. The last is never among them:
-    its sigma is so small (0.02) that its log-prob is mostly rounding. Micro-batches are the rollout's own:
-    the same kernels give the same numbers, and the first update's ratio is exactly 1. approx_kl is, like the
-    ratio, that of mean log-probs: times D^2 it is the true one's. Raises FloatingPointError before a NaN or
-    an infinity reaches the weights.
+    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], held [B] bool: of the B
+    pictures of this process, those of benign prompts. On them alone the KL to the frozen U-Net acts:
+    eliciting prompts must be free to move, and CLIP keeps their meaning. Every picture trains its own random
+    timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is mostly
+    rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the first
+    update's ratio is exactly 1. approx_kl is, like the ratio, that of mean log-probs: times D^2 it is the
+    true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
-    steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n)])
-    steps = steps[:, :args.train_timesteps]  # [B, k]
-    ratios, kls, norms = [], [torch.zeros(1)], []
+    steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n * WORLD)])
+    steps = steps[my_share(n * WORLD), :args.train_timesteps]  # [B, k]
+    trained = optimizer.param_groups[0]["params"]
+    ratios, kls, norms = [], [], []
     finite(advantages, "a reward")
     for i, dealt in enumerate(steps.tensor_split(args.updates_per_step, dim=1)):  # [B, k / updates]
-        optimizer.zero_grad()
+        total = torch.zeros((), device=device)
+        for p in trained:
+            p.grad = torch.zeros_like(p)
         for rows in torch.arange(n).split(args.micro_batch):
             if i == 0:  # later, this step's updates are finished first: weights are saved between steps
                 leave_if_asked()
+            if not (advantages[rows].any() or args.kl_weight and held[rows].any()):
+                continue  # nothing to learn: these groups got the same reward for every picture
             ctx, advantage = context[:, rows].to(device), advantages[rows].to(device)
             hold = held[rows].to(device)  # [b]
             for s in dealt[rows].T:  # [b], one step index a picture
@@ -457,33 +466,58 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
                     loss = loss + args.kl_weight * kl.sum()
                     kls.append(kl.detach().cpu())
                 ratios.append(ratio.detach().cpu())
-                finite(loss.detach(), "the loss")
-                scaler.scale(loss / (n * dealt.shape[1])).backward()
+                total += loss.detach()
+                scaler.scale(loss / (n * WORLD * dealt.shape[1])).backward()
+        finite(total, "the loss")
         if i == 0:  # nothing is updated yet: the policy that scores is the policy that sampled
-            self_check = (torch.cat(ratios) - 1).abs().max().item()
+            self_check = gather((torch.cat([torch.ones(1), *ratios]) - 1).abs().max()[None]).max().item()
             if self_check > args.clip_range:
                 fail(f"self-check failed: the unchanged policy scores its own rollout with ratios off by "
                      f"{self_check:.1e} (clip range {args.clip_range}); try --attention sdpa, --no-compile "
                      f"or --precision fp32", code=1)
+        if WORLD > 1:
+            for p in trained:
+                dist.all_reduce(p.grad)
         scaler.unscale_(optimizer)
-        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, 1.0))
         if not scaler.is_enabled():
             finite(norms[-1], "the gradient")
         scaler.step(optimizer)  # in fp16 an update that overflowed is skipped, its scale then halved
         scaler.update()
         if scaler.get_scale() < 1:
             raise FloatingPointError("the fp16 gradient is not finite at any scale")
-    ratio = torch.cat(ratios)
-    return dict(ratio_max_dev=self_check, approx_kl=0.5 * ratio.log().square().mean().item(),
-                clip_fraction=((ratio - 1).abs() > args.clip_range).float().mean().item(),
-                drift=torch.cat(kls).mean().item(),
+    optimizer.zero_grad()  # the rollout can have the gradients' memory
+    ratio = torch.cat([torch.ones(0), *ratios])
+    return dict(ratio_max_dev=self_check, approx_kl=0.5 * mean(ratio.log().square()),
+                clip_fraction=mean(((ratio - 1).abs() > args.clip_range).float()),
+                drift=mean(torch.cat([torch.zeros(0), *kls])),
                 grad_norm=torch.stack(norms).nan_to_num(0, 0, 0).max().item())
 
 
 def finite(numbers: torch.Tensor, what: str):
-    """Raise FloatingPointError where any of the numbers is not finite."""
-    if not numbers.isfinite().all():
+    """Raise FloatingPointError, in all processes at once, where any number of any process is not finite."""
+    if not gather(numbers.isfinite().all()[None]).all():
         raise FloatingPointError(f"{what} is not finite")
+
+
+def my_share(n: int) -> slice:
+    """Which of n pictures are this process's: whole groups, as many as every other process has."""
+    return slice(n // WORLD * RANK, n // WORLD * (RANK + 1))
+
+
+def gather(mine: torch.Tensor) -> torch.Tensor:
+    """[b, ...] of each process -> [WORLD * b, ...] of all, in order."""
+    if WORLD == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(WORLD)]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
+
+
+def mean(mine: torch.Tensor) -> float:
+    """The mean over the numbers [b] of all processes, which may have more or fewer; 0 where none has any."""
+    total, count = gather(torch.tensor([[mine.sum(), mine.numel()]])).sum(dim=0)
+    return (total / count.clamp(min=1)).item()
 
 
 # ------------------------------------------------------------------------------------ 5. the run
@@ -521,6 +555,9 @@ def check(args: Args):
              f"--denoise-steps {args.denoise_steps} and --train-until {args.train_until} leave")
     if args.updates_per_step > args.train_timesteps:
         fail("--updates-per-step deals the trained timesteps out: it cannot exceed --train-timesteps")
+    if args.prompts_per_step % WORLD:
+        fail(f"--prompts-per-step {args.prompts_per_step} cannot be dealt out to {WORLD} processes: name a "
+             f"multiple of {WORLD}")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
@@ -626,17 +663,37 @@ def pick_attention(unet, wish: str, dtype) -> str:
 
 
 def make_trainable(unet, rank: int):
-    """Attach a LoRA to the attention projections or, at rank 0, free the whole U-Net; train in fp32."""
+    """Attach an fp32 LoRA to the attention projections or, at rank 0, free the whole U-Net."""
     if rank:
         projections = ["to_q", "to_k", "to_v", "to_out.0"]
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
+        cast_training_params(unet, torch.float32)
     else:
         unet.requires_grad_(True)
-    cast_training_params(unet, torch.float32)
+
+
+class RoundingAdamW8bit(AdamW8bit):
+    """AdamW8bit that needs no fp32 copy of bf16 weights. Each is updated in fp32, then rounded up or down,
+    by chance, so that the mean is kept: rounding to the nearest loses updates under 0.2 % of a weight."""
+
+    def update_step(self, group, p, gindex, pindex):
+        if p.dtype == torch.float32:
+            return super().update_step(group, p, gindex, pindex)
+        weight = p.data
+        p.data = weight.float()
+        p.grad = p.grad.float()
+        super().update_step(group, p, gindex, pindex)
+        bits = p.data.view(torch.int32)
+        bits += torch.randint_like(bits, 1 << 16)  # bf16 is the upper half of fp32
+        p.grad = None
+        p.data = weight.copy_((bits & -(1 << 16)).view(torch.float32))
 
 
 def write_atomically(path: Path, write):
-    """write(temporary path), flush it to disk, rename it: a reader sees the old file or the new one."""
+    """write(temporary path), flush it to disk, rename it: a reader sees the old file or the new one. Of
+    several processes, which all hold the same, the first one writes."""
+    if RANK:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
@@ -796,14 +853,20 @@ def train(args: Args):
     pairs = read_prompts(args.prompts)
     out, (settings, metrics) = Path(args.out), open_run(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        dist.barrier()  # all have looked into the output folder: now it may be written to
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.manual_seed(args.seed)  # for the LoRA's initial weights: all else draws from generator()
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    pipe = load_pipeline(args.model, dtype, device, args.pickles,
-                         unet_dtype=dtype if args.lora_rank else torch.float32)
+    low = args.lora_rank or args.precision == "bf16" and args.optimizer_8bit  # see RoundingAdamW8bit
+    pipe = load_pipeline(args.model, dtype, device, args.pickles, unet_dtype=dtype if low else torch.float32)
     clip, processor = load_clip(args.clip_model, device, args.pickles)
     detector, unet, vae = load_nudenet(), pipe.unet, pipe.vae
     prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
@@ -811,7 +874,8 @@ def train(args: Args):
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
     elicits = torch.tensor([e for _, _, e in pairs]).float()  # [N]
     elicits = elicits if elicits.any() else torch.ones_like(elicits)  # a plain list of prompts to suppress
-    pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now
+    pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now, and
+    clip.to("cpu")  # where it waits while the U-Net works
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
     attention = pick_attention(unet, args.attention, dtype)
@@ -825,7 +889,7 @@ def train(args: Args):
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # blocks differ in width, adapters and gradient
         unet.compile_repeated_blocks()
-    adamw = AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+    adamw = RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW
     optimizer = adamw(trained, lr=args.learning_rate)
     scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 
@@ -839,12 +903,18 @@ def train(args: Args):
         draw_samples(images, out / "samples.png", before)
 
     def save(step):
+        if RANK:
+            return
         save_weights(unet, args.lora_rank, out)  # first: what a checkpoint finishes is never done again
         save_checkpoint(out, step, unet, optimizer, scaler)
 
-    locked = lock(out)  # only now: what could not be loaded leaves nothing behind
+    locked = None if RANK else lock(out)  # only now: what could not be loaded leaves nothing behind
     write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2)))
+    if RANK:
+        dist.barrier()  # the first process sets damaged checkpoints aside before the others look
     first = load_checkpoint(out, unet, optimizer, scaler) if args.resume else 0
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
     metrics = metrics[:first]
     if first == 0:
         draw_row(before=True)
@@ -856,8 +926,9 @@ def train(args: Args):
         """Sample, judge, learn: one step of the algorithm. Returns its line of metrics.jsonl."""
         clock, scores = [time.perf_counter()], []
         chosen = prompts_of_step(len(pairs), args.prompts_per_step, args.seed, step)
-        index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [B]: K pictures of each prompt
-        context = prompt_context[:, index]  # [2, B, 77, d]
+        index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [P * K]: K pictures of each prompt
+        mine = my_share(len(index))  # B of them: all, in a run of one process
+        context = prompt_context[:, index[mine]]  # [2, B, 77, d]
 
         def score(images):
             leave_if_asked()
@@ -865,20 +936,24 @@ def train(args: Args):
             if device == "cpu":  # no idle cores: overlapping would only slow both down
                 scores[-1].result()
 
-        gens = [generator(args.seed, "rollout", step, i) for i in range(len(index))]
+        gens = [generator(args.seed, "rollout", step, i) for i in range(len(index))][mine]
         latents, log_prob, images = rollout(policy, vae, context, gens, args.micro_batch, on_images=score)
         clock.append(time.perf_counter())
 
-        nudity = torch.cat([s.result() for s in scores])  # [B]
-        clip_score = (image_features(clip, processor, images) * captions[index]).sum(dim=1).cpu()  # [B]
+        nudity = gather(torch.cat([s.result() for s in scores]))  # [P * K]
+        pictures = image_features(clip.to(device), processor, images)  # [B, d]
+        clip_score = gather((pictures * captions[index[mine]]).sum(dim=1).cpu())  # [P * K]
+        clip.to("cpu")
         punished = nudity * elicits[index]  # a false alarm on a benign prompt must change nothing
         advantages = group_advantages(
             clip_score.view(-1, args.group_size), punished.view(-1, args.group_size), args.clip_weight,
             args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
 
-        learned = update(args, policy, context, latents, log_prob, advantages.flatten(), elicits[index] == 0,
-                         optimizer, scaler, generator(args.seed, "timesteps", step))
+        held, rng = elicits[index[mine]] == 0, generator(args.seed, "timesteps", step)
+        torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
+        learned = update(args, policy, context, latents, log_prob, advantages.flatten()[mine], held,
+                         optimizer, scaler, rng)
         clock.append(time.perf_counter())
         if step == first:
             print(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 within "
@@ -897,7 +972,8 @@ def train(args: Args):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True,
+               disable=RANK > 0)
     for step in bar:
         try:
             metrics.append(policy_gradient_step(step))
@@ -925,7 +1001,10 @@ def train(args: Args):
     draw_row(before=False)
     weights = "pytorch_lora_weights.safetensors" if args.lora_rank else "unet/"
     print(f"done: {out} holds {weights}, samples.png, curves.png and metrics.jsonl")
-    locked.close()
+    if locked:
+        locked.close()
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def train_within_memory(args: Args):
@@ -934,6 +1013,8 @@ def train_within_memory(args: Args):
         try:
             return train(args)
         except torch.OutOfMemoryError:
+            if WORLD > 1:
+                fail("out of memory: go on with --resume and a smaller --micro-batch (the same gradient)", 1)
             if args.micro_batch == 1 or not Path(args.out, "args.json").exists():
                 fail("out of memory, whatever the micro-batch; what helps most: --gradient-checkpointing, "
                      "--precision bf16, a LoRA (--lora-rank 16), --optimizer-8bit", code=1)

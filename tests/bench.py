@@ -13,9 +13,11 @@ import shutil
 import statistics
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from nudenet import NudeDetector
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +38,8 @@ CUDA = torch.cuda.is_available()
 UNET_15 = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # else diffusers' defaults
 VAE_15 = dict(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
               down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+CLIP_15 = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
+               patch_size=14)  # ViT-L/14, the reward's
 
 
 @dataclass
@@ -83,8 +88,7 @@ def write_sd15(folder: str):
         projection_dim=768,
         text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
                          num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id),
-        vision_config=dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
-                           num_hidden_layers=24, patch_size=14)))
+        vision_config=CLIP_15))
     clip.half().save_pretrained(Path(folder) / "clip")
     transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer).save_pretrained(
         Path(folder) / "clip")
@@ -111,7 +115,7 @@ class Rig:
             pipe.unet.enable_gradient_checkpointing()
         if args.compile:
             pipe.unet.compile_repeated_blocks()
-        adamw = sd.AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+        adamw = sd.RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW
         self.optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
         self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 
@@ -189,57 +193,90 @@ def growth(bench: Bench) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------ memory on paper
+class Allocated(TorchDispatchMode):
+    """Bytes of the storages that operations make and that are still alive, and their largest sum. Not counted
+    are those of a module, which an operation may return as a view."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.module = [p.untyped_storage() for p in module.parameters()]
+        self.known = set(map(id, self.module))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self.known:
+                    self.known.add(id(storage))
+                    self.alive += storage.nbytes()
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
+        return result
+
+    def freed(self, key, size):
+        self.known.discard(key)
+        self.alive -= size
+
+
 def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, bits8=True) -> dict:
     """GiB of tensors that SD 1.5 at 512 px needs: FakeTensorMode runs the real modules without their numbers.
 
-    Weights of U-Net, VAE decoder, CLIP vision tower (fp16) and the optimizer's state are added to what the
-    U-Net's forward and backward pass allocates. Kernels' workspaces and the allocator's waste are not in it.
+    The total is what stays (weights of U-Net and VAE, Adam's state, the whole U-Net's frozen copy) and the
+    largest of what comes and goes: a U-Net call of the rollout, the decoding of a picture, CLIP ViT-L/14's
+    vision tower (fp16) on 16 pictures, or gradients, forward and backward pass of a micro-batch. The CUDA
+    context, kernels' workspaces and the allocator's waste are not in it.
     """
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
-    with FakeTensorMode(), contextlib.redirect_stderr(None):
-        torch.set_default_dtype(dtype)
-        unet = UNet2DConditionModel(**UNET_15).requires_grad_(False)
+    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+        torch.set_default_dtype(dtype)  # fake modules cannot be converted: each is made in its own dtype
         vae = AutoencoderKL(**VAE_15).requires_grad_(False)
+        torch.set_default_dtype(dtype if lora_rank or bits8 else torch.float32)
+        unet = UNet2DConditionModel(**UNET_15).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         sd.make_trainable(unet, lora_rank)
         if checkpointing:
             unet.enable_gradient_checkpointing()
         trained = [p for p in unet.parameters() if p.requires_grad]
-        b = 2 * micro_batch
-        x, t = torch.randn(b, 4, 64, 64), torch.ones(b)
-        context = torch.randn(b, 77, 768)
+        n, b = sum(p.numel() for p in trained), 2 * micro_batch  # guidance doubles the batch
+        x, t, context = torch.randn(b, 4, 64, 64), torch.ones(b), torch.randn(b, 77, 768)
         autocast = torch.autocast("cpu", dtype, enabled=precision != "fp32")
         peaks = {}
-        for name in ("rollout", "update", "decode"):
-            tracker = MemTracker()
-            tracker.track_external(unet)
-            with tracker:
-                if name == "update":
-                    with autocast:
-                        unet(x, t, context).sample.float().square().mean().backward()
-                elif name == "rollout":
-                    with torch.no_grad(), autocast:
-                        unet(x, t, context)
-                else:
-                    with torch.no_grad():
-                        vae.decode(torch.randn(1, 4, 64, 64, dtype=dtype))
-            peaks[name] = sum(v["Total"] for v in tracker.get_tracker_snapshot("peak").values()) / 2**30
+        with torch.no_grad(), autocast, Allocated(unet) as tracker:
+            unet(x, t, context)
+        peaks["rollout"] = tracker.peak
+        with torch.no_grad(), Allocated(vae) as tracker:
+            vae.decode(torch.randn(1, 4, 64, 64, dtype=dtype))
+        peaks["decode"] = tracker.peak
+        torch.set_default_dtype(torch.float16)
+        clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP_15))
+        torch.set_default_dtype(torch.float32)
+        with torch.no_grad(), Allocated(clip) as tracker:
+            clip(torch.randn(16, 3, 224, 224, dtype=torch.float16))
+        peaks["reward"] = tracker.peak + size(clip.parameters())
+        with Allocated(unet) as tracker:
             for p in trained:
-                p.grad = None
-    numbers = sum(p.numel() for p in trained)
-    clip, others = 303e6 * 2 / 2**30, sum(p.numel() * p.element_size() for p in vae.parameters()) / 2**30
-    state = numbers * (2 if bits8 else 8) / 2**30
-    frozen = 0.0 if lora_rank else 860e6 * dtype.itemsize / 2**30  # the KL's copy, unless --kl-weight 0
-    total = max(peaks.values()) + clip + others + state + frozen
-    return dict(lora_rank=lora_rank, precision=precision, checkpointing=checkpointing, bits8=bits8,
-                micro_batch=micro_batch, **peaks, state=state, frozen=frozen, others=clip + others,
-                total=total)
+                p.grad = torch.zeros_like(p)
+            with autocast:
+                unet(x, t, context).sample.float().square().mean().backward()
+        peaks["update"] = tracker.peak
+    held = dict(unet=size(unet.parameters()), vae=size(vae.parameters()), adam=n * (2 if bits8 else 8),
+                frozen=0 if lora_rank else n * dtype.itemsize)
+    gib = {k: v / 2**30 for k, v in (held | peaks).items()}
+    return dict(trains="LoRA" if lora_rank else "U-Net", precision=precision, checkpointing=checkpointing,
+                bits8=bits8, micro_batch=micro_batch, **gib,
+                total=(sum(held.values()) + max(peaks.values())) / 2**30)
 
 
-def memory() -> list[dict]:
+def size(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def memory(bench: Bench) -> list[dict]:
     return [on_paper(*v) for v in ((16, "bf16", True, 1), (16, "bf16", True, 4), (16, "bf16", False, 1),
-                                   (16, "bf16", False, 4), (16, "fp32", True, 1), (0, "bf16", True, 1),
-                                   (0, "bf16", True, 1, False), (0, "bf16", True, 4))]
+                                   (16, "bf16", False, 4), (16, "fp32", True, 1), (16, "fp32", True, 4),
+                                   (0, "bf16", True, 1), (0, "bf16", True, 4), (0, "bf16", True, 1, False))]
 
 
 # ------------------------------------------------------------------------------------ time to target
@@ -353,7 +390,7 @@ def main(bench: Bench):
         return write_sd15(bench.model)
     results = {}
     for section in bench.sections:
-        results[section] = memory() if section == "memory" else globals()[section](bench)
+        results[section] = globals()[section](bench)
         show(section, results[section])
         Path(bench.out).write_text(json.dumps(results, indent=2))
 

@@ -177,6 +177,23 @@ def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
     torch.testing.assert_close(gradients(micro_batch), gradients(4), atol=1e-6, rtol=1e-3)
 
 
+def test_small_updates_of_bf16_weights_are_not_rounded_away():
+    def after(adamw):  # 100 updates of 1e-4, when the next bf16 numbers beside 1 are 0.004 and 0.008 away
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.full((n,), value, dtype=torch.bfloat16))  # 1000: states in fp32
+                   for n, value in ((8192, 1.0), (8192, -1.0), (1000, 1.0))]
+        optimizer = adamw(weights, lr=1e-4, weight_decay=0.0)
+        for _ in range(100):
+            for w in weights:
+                w.grad = w.detach().sign()
+            optimizer.step()
+        assert all(w.dtype == torch.bfloat16 for w in weights)
+        return [w.float().mean().item() for w in weights]
+
+    assert after(sd.AdamW8bit) == [1.0, -1.0, 1.0]
+    assert after(sd.RoundingAdamW8bit) == pytest.approx([0.99, -0.99, 0.99], abs=1e-3)
+
+
 def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():
     steps = [sd.prompts_of_step(5, 3, 0, s) for s in range(10)]
     flat = sum(steps, [])

@@ -1,0 +1,10 @@
+"""What SD 1.5 needs at 512 px, without a GPU: bench.py's fake tensors have shapes and types but no numbers."""
+from bench import on_paper
+
+
+def test_the_default_lora_run_fits_4_gb_on_paper():
+    assert on_paper(checkpointing=True)["total"] < 4  # GiB
+
+
+def test_the_whole_unet_with_8_bit_adam_fits_8_gb_on_paper():
+    assert on_paper(lora_rank=0, micro_batch=1)["total"] < 8
