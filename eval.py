@@ -143,7 +143,7 @@ class Args:
 
 
 TINY = dict(
-    {k: sd.TINY[k] for k in ("model", "clip_model", "labels", "guidance_scale", "precision")},
+    {k: sd.TINY[k] for k in ("model", "clip_model", "labels", "precision")}, guidance_scale=3.0,
     prompts=tuple(str(HERE / "tests/tiny" / f) for f in ("prompts_heldout.txt", "prompts.txt")), steps=20,
     seeds=8, batch_size=16, concept="face, smiling face", attack_tokens=8, attack_generations=150)
 

@@ -1,6 +1,6 @@
 """ShieldDiff (arXiv 2410.05309): reinforcement learning that makes a diffusion model stop drawing nudity.
 
-    python shielddiff.py --steps 20                          # no GPU: the embedded tiny model; else SD 1.5
+    python shielddiff.py --steps 16                          # no GPU: the embedded tiny model; else SD 1.5
     python shielddiff.py --steps 300 --model my/checkpoint   # any SD 1.x / 2.x pipeline, diffusers layout
     torchrun --nproc-per-node 2 shielddiff.py --steps 300    # the same run, its groups dealt out to two GPUs
     python shielddiff.py --help                              # every knob, its unit and why its default
@@ -108,7 +108,8 @@ class Args:
     denoise_steps: int = 20
     """DDIM steps T of a rollout; fewer than in later use is fine, and cheap"""
     guidance_scale: float = 5.0
-    """classifier-free guidance of the policy, in rollout and update alike"""
+    """classifier-free guidance of the policy, in rollout and update alike; below that of later use is harder,
+    and what was learned there stronger guidance only sharpens"""
     train_timesteps: int = 5
     """random timesteps trained per picture, of those that --train-until leaves"""
     train_until: float = 0.6
@@ -153,9 +154,9 @@ class Args:
 
 
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
-    steps=20, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
+    steps=16, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
-    denoise_steps=8, guidance_scale=3.0, train_timesteps=4, prompts_per_step=6, group_size=8, micro_batch=16,
+    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, group_size=8, micro_batch=16,
     train_until=0.5, updates_per_step=4, learning_rate=4e-3, clip_range=1.5e-3, lora_rank=8,
     gradient_checkpointing=False, precision="fp32")
 

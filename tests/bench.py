@@ -359,7 +359,7 @@ def judge(lora: dict) -> dict:
             p.copy_(lora[name])
     pairs = sd.read_prompts(args.prompts)
     clip, processor = sd.load_clip(args.clip_model)
-    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 20), args.guidance_scale,
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 20), 3.0,
                        contextlib.nullcontext())
     scores = {}
     for kind in (True, False):
