@@ -443,6 +443,7 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
     finite(advantages, "a reward")
     for i, dealt in enumerate(steps.tensor_split(args.updates_per_step, dim=1)):  # [B, k / updates]
         total = torch.zeros((), device=device)
+        scaler.scale(total)  # it makes its scale at its first call, which the loop may skip
         for p in trained:
             p.grad = torch.zeros_like(p)
         for rows in torch.arange(n).split(args.micro_batch):
@@ -675,7 +676,8 @@ def make_trainable(unet, rank: int):
 
 class RoundingAdamW8bit(AdamW8bit):
     """AdamW8bit that needs no fp32 copy of bf16 weights. Each is updated in fp32, then rounded up or down,
-    by chance, so that the mean is kept: rounding to the nearest loses updates under 0.2 % of a weight."""
+    by chance, so that the mean is kept: rounding to the nearest loses updates under 0.2 % of a weight. The
+    gradients of such weights add up in bf16, too: to 1 or 2 %."""
 
     def update_step(self, group, p, gindex, pindex):
         if p.dtype == torch.float32:
@@ -844,8 +846,10 @@ def on_signal(number, frame):
 
 
 def leave_if_asked():
-    if asked:
-        raise KeyboardInterrupt
+    """Raise KeyboardInterrupt(signal), in all processes at once, if any of them was asked to stop."""
+    number = gather(torch.tensor([asked[0] if asked else 0])).max().item()
+    if number:
+        raise KeyboardInterrupt(number)
 
 
 def train(args: Args):
@@ -863,7 +867,7 @@ def train(args: Args):
     why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    torch.manual_seed(args.seed)  # for the LoRA's initial weights: all else draws from generator()
+    torch.manual_seed(args.seed)  # for the LoRA's initial weights
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     low = args.lora_rank or args.precision == "bf16" and args.optimizer_8bit  # see RoundingAdamW8bit
@@ -981,11 +985,12 @@ def train(args: Args):
         except FloatingPointError as error:
             bar.write(f"step {step} skipped: {error}")
             metrics.append(dict(step=step, skipped=str(error)))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             save(step)
-            again = shlex.join(["python", *sys.argv, *(["--resume"] if not args.resume else [])])
+            start = ["python"] if WORLD == 1 else ["torchrun", "--nproc-per-node", str(WORLD)]
+            again = shlex.join([*start, *sys.argv, *(["--resume"] if not args.resume else [])])
             bar.close()
-            fail(f"stopped after {step} steps; to go on: {again}", code=128 + asked[0])
+            fail(f"stopped after {step} steps; to go on: {again}", code=128 + stop.args[0])
         text = "".join(json.dumps(m) + "\n" for m in metrics)
         write_atomically(out / "metrics.jsonl", lambda p, text=text: p.write_text(text))
         if len(metrics) > 2 and all("skipped" in m for m in metrics[-3:]):
@@ -1014,13 +1019,13 @@ def train_within_memory(args: Args):
         try:
             return train(args)
         except torch.OutOfMemoryError:
-            if WORLD > 1:
-                fail("out of memory: go on with --resume and a smaller --micro-batch (the same gradient)", 1)
             if args.micro_batch == 1 or not Path(args.out, "args.json").exists():
                 fail("out of memory, whatever the micro-batch; what helps most: --gradient-checkpointing, "
                      "--precision bf16, a LoRA (--lora-rank 16), --optimizer-8bit", code=1)
         except FloatingPointError as error:
             fail(f"cannot draw samples.png: {error}; try --precision bf16 or fp32", code=1)
+        if WORLD > 1:  # the other processes wait for this one and have to be ended
+            fail("out of memory: go on with --resume and a smaller --micro-batch (the same gradient)", code=1)
         gc.collect()  # what the failed attempt held, its lock on the folder included
         torch.cuda.empty_cache()
         args.resume, args.micro_batch = True, args.micro_batch // 2

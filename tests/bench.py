@@ -225,11 +225,15 @@ def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, 
 
     The total is what stays (weights of U-Net and VAE, Adam's state, the whole U-Net's frozen copy) and the
     largest of what comes and goes: a U-Net call of the rollout, the decoding of a picture, CLIP ViT-L/14's
-    vision tower (fp16) on 16 pictures, or gradients, forward and backward pass of a micro-batch. The CUDA
-    context, kernels' workspaces and the allocator's waste are not in it.
+    vision tower (fp16) on 16 pictures, gradients, forward and backward pass of a micro-batch, or Adam's step.
+    The CUDA context, kernels' workspaces and the allocator's waste are not in it.
     """
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
-    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+    functions = torch.nn.functional
+    in_fp32 = {name: mock.patch.object(functions, name, as_on_cuda(getattr(functions, name)))
+               for name in ("group_norm", "layer_norm", "interpolate")}
+    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module), \
+            in_fp32["group_norm"], in_fp32["layer_norm"], in_fp32["interpolate"]:
         torch.set_default_dtype(dtype)  # fake modules cannot be converted: each is made in its own dtype
         vae = AutoencoderKL(**VAE_15).requires_grad_(False)
         torch.set_default_dtype(dtype if lora_rank or bits8 else torch.float32)
@@ -259,14 +263,29 @@ def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, 
             for p in trained:
                 p.grad = torch.zeros_like(p)
             with autocast:
-                unet(x, t, context).sample.float().square().mean().backward()
+                output = unet(x, t, context).sample.float()
+                with torch.no_grad():
+                    unet(x, t, context)  # the KL's frozen prediction
+            output.square().mean().backward()
         peaks["update"] = tracker.peak
+        largest = max(p.numel() for p in trained)  # AdamW's square roots, or RoundingAdamW8bit's fp32 copies
+        peaks["step"] = size(trained) + (20 * largest if bits8 else 4 * n)
     held = dict(unet=size(unet.parameters()), vae=size(vae.parameters()), adam=n * (2 if bits8 else 8),
                 frozen=0 if lora_rank else n * dtype.itemsize)
     gib = {k: v / 2**30 for k, v in (held | peaks).items()}
     return dict(trains="LoRA" if lora_rank else "U-Net", precision=precision, checkpointing=checkpointing,
                 bits8=bits8, micro_batch=micro_batch, **gib,
                 total=(sum(held.values()) + max(peaks.values())) / 2**30)
+
+
+def as_on_cuda(function):
+    """CUDA's autocast has the norms and the upsampling in fp32, the CPU's does not."""
+    def wrapped(*arguments, **keywords):
+        if torch.is_autocast_enabled("cpu"):
+            arguments = [a.float() if isinstance(a, torch.Tensor) else a for a in arguments]
+            keywords = {k: a.float() if isinstance(a, torch.Tensor) else a for k, a in keywords.items()}
+        return function(*arguments, **keywords)
+    return wrapped
 
 
 def size(tensors) -> int:

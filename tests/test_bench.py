@@ -1,4 +1,4 @@
-"""What SD 1.5 needs at 512 px, without a GPU: bench.py's fake tensors have shapes and types but no numbers."""
+"""SD 1.5 at 512 px on paper: bench.py's fake tensors have shapes and types, but no numbers."""
 from bench import on_paper
 
 

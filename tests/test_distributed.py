@@ -45,10 +45,10 @@ def test_a_process_that_dies_ends_the_run_and_one_process_can_go_on(tmp_path):
     process = start(*arguments, "--steps", 1000)
     while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.01)
-    children = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/environ")
-                if f"\nPPid:\t{process.pid}\n" in (p.parent / "status").read_text()]
+    assert process.poll() is None, process.communicate()[1]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (second,) = [c for c in children if b"\0RANK=1\0" in Path(f"/proc/{c}/environ").read_bytes()]
-    os.kill(second, signal.SIGKILL)
+    os.kill(int(second), signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode != 0
     done = len(metrics(out))

@@ -153,28 +153,39 @@ class Plain(torch.optim.SGD):
         self.seen = [p.grad.clone() for g in self.param_groups for p in g["params"]]
 
 
+def gradients(micro_batch, advantages=(1.0, -2.0, 0.5, 0.5), held=(True, False, True, False)):
+    """What one update accumulates over four pictures, of a LoRA that is no longer zero."""
+    torch.manual_seed(0)
+    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
+    sd.make_trainable(pipe.unet, 4)
+    with torch.no_grad():
+        for name, p in pipe.unet.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    args = sd.Args(micro_batch=micro_batch, denoise_steps=5, train_timesteps=2, updates_per_step=1,
+                   clip_range=1e-3)
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 5), 3.0, ON_CPU)
+    context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
+    latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], micro_batch)
+    optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
+    sd.update(args, policy, context, latents, log_prob, torch.tensor(advantages), torch.tensor(held),
+              optimizer, torch.amp.GradScaler("cpu", enabled=False), sd.generator("t"))
+    return torch.cat([g.flatten() for g in optimizer.seen])
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
-    def gradients(size):
-        torch.manual_seed(0)
-        pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
-        sd.make_trainable(pipe.unet, 4)
-        with torch.no_grad():
-            for name, p in pipe.unet.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(std=0.02)
-        args = sd.Args(micro_batch=size, denoise_steps=5, train_timesteps=2, updates_per_step=1,
-                       clip_range=1e-3)
-        policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 5), 3.0, ON_CPU)
-        context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
-        latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], size)
-        optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
-        sd.update(args, policy, context, latents, log_prob, torch.tensor([1.0, -2.0, 0.5, 0.5]),
-                  torch.tensor([True, False, True, False]), optimizer,
-                  torch.amp.GradScaler("cpu", enabled=False), sd.generator("t"))
-        return torch.cat([g.flatten() for g in optimizer.seen])
-
     torch.testing.assert_close(gradients(micro_batch), gradients(4), atol=1e-6, rtol=1e-3)
+
+
+def test_groups_without_signal_cost_no_unet_call_and_change_no_gradient(monkeypatch):
+    advantages, held = (0.0, 0.0, 0.5, -0.5), (False,) * 4
+    whole, calls, predict_noise = gradients(4, advantages, held), [], sd.predict_noise
+    monkeypatch.setattr(sd, "predict_noise", lambda *a: calls.append(a[1].shape[0]) or predict_noise(*a))
+    torch.testing.assert_close(gradients(2, advantages, held), whole, atol=1e-6, rtol=1e-3)
+    assert calls == [2] * (2 * 5 + 2)  # two micro-batches of five steps each, then one at its two timesteps
+    monkeypatch.undo()
+    assert gradients(2, (0.0,) * 4, held).abs().max() == 0
 
 
 def test_small_updates_of_bf16_weights_are_not_rounded_away():
