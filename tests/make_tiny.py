@@ -1,6 +1,6 @@
 """Make tests/tiny: a 7 M-parameter Stable Diffusion for two CPU cores, in the standard diffusers layout.
 
-    python tests/make_tiny.py            # about half an hour on two cores, fixed seed
+    python tests/make_tiny.py            # half an hour to an hour on two cores, fixed seed
 
 It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one
 that matters is the astronaut portrait: most of its training pictures show the face, in the others it is
