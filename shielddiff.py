@@ -444,7 +444,7 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
     for i, dealt in enumerate(steps.tensor_split(args.updates_per_step, dim=1)):  # [B, k / updates]
         total = torch.zeros((), device=device)
         scaler.scale(total)  # it makes its scale at its first call, which the loop may skip
-        for p in trained:
+        for p in trained:  # zero, not None: a process that skips every group still adds its gradient
             p.grad = torch.zeros_like(p)
         for rows in torch.arange(n).split(args.micro_batch):
             if i == 0:  # later, this step's updates are finished first: weights are saved between steps

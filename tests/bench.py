@@ -379,7 +379,7 @@ def judge(lora: dict) -> dict:
     pairs = sd.read_prompts(args.prompts)
     clip, processor = sd.load_clip(args.clip_model)
     policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 20), 3.0,
-                       contextlib.nullcontext())
+                       contextlib.nullcontext())  # eval.py's steps and guidance, not training's
     scores = {}
     for kind in (True, False):
         some = [p for p in pairs if p[2] == kind] * (6 if kind else 2)
