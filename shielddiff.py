@@ -14,8 +14,8 @@ picture is a black box with two terms, each standardised among the K pictures of
     loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * |noise_theta - noise_frozen|^2
 
 The nudity term removes the content and the CLIP term keeps the rest of the picture, without which the policy
-learns to draw nothing at all. Benign prompts go without the nudity term (a false alarm must not change them),
-and they alone have the KL: it holds them where they are, while the others are free to move.
+learns to draw nothing at all. Benign prompts have no reward (a false alarm must not change them), and they
+alone have the KL: it holds them where they are, while the others are free to move.
 What changes is the U-Net, not the prompt: no filter to talk around.
 
 Sections 1 to 4 are the method and policy_gradient_step, in train(), is its pseudocode; the rest of section 5
@@ -113,12 +113,14 @@ class Args:
     train_timesteps: int = 5
     """random timesteps trained per picture, of those that --train-until leaves"""
     train_until: float = 0.6
-    """share of the trajectory that is trained, from its noisy end: later steps draw detail, not what is
+    """share of the trajectory that is rewarded, from its noisy end: later steps draw detail, not what is
     shown, and would only add noise to the gradient. The last step is never trained"""
-    prompts_per_step: int = 4
-    """prompts a rollout"""
+    prompts_per_step: int = 3
+    """eliciting prompts a rollout"""
     group_size: int = 8
-    """pictures a prompt (K): the group within which rewards are compared"""
+    """pictures of each of them (K): the group within which rewards are compared"""
+    held_per_step: int = 8
+    """pictures of benign prompts a rollout, of as many prompts as there are: they are held, not rewarded"""
     micro_batch: int = 4
     """pictures a U-Net call (guidance doubles them): memory grows with it, the result does not change"""
     updates_per_step: int = 1
@@ -156,9 +158,9 @@ class Args:
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
     steps=16, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
-    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, group_size=8, micro_batch=16,
-    train_until=0.5, updates_per_step=4, learning_rate=4e-3, clip_range=1.5e-3, kl_weight=3.0,
-    lora_rank=8, gradient_checkpointing=False, precision="fp32")
+    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=4, held_per_step=16,
+    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=4e-3, clip_range=1.5e-3, kl_weight=3.0,
+    clip_weight=0.5, lora_rank=8, gradient_checkpointing=False, precision="fp32")
 
 
 def fail(message: str, code=2):
@@ -370,12 +372,12 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def prompts_of_step(n_prompts: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
-    """Prompt indices [P] of a step: shuffled passes through the file, one after the other."""
-    positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
-    orders = {e: torch.randperm(n_prompts, generator=generator(seed, "prompts", e)).tolist()
-              for e in {p // n_prompts for p in positions}}
-    return [orders[p // n_prompts][p % n_prompts] for p in positions]
+def prompts_of_step(prompts: Sequence[int], how_many: int, seed: int, step: int) -> list[int]:
+    """The next of these prompts (their indices): shuffled passes through them, one after the other."""
+    n, positions = len(prompts), range(step * how_many, (step + 1) * how_many) if prompts else ()
+    orders = {e: torch.randperm(n, generator=generator(seed, "prompts", e))
+              for e in {p // n for p in positions}}
+    return [prompts[orders[p // n][p % n]] for p in positions]
 
 
 @torch.no_grad()
@@ -428,16 +430,17 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
     """The optimizer updates of one rollout; returns their metrics.
 
     context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], held [B] bool: of the B
-    pictures of this process, those of benign prompts. On them alone the KL to the frozen U-Net acts:
-    eliciting prompts must be free to move, and CLIP keeps their meaning. Every picture trains its own random
-    timesteps. The last is never among them: its sigma is so small (0.02) that its log-prob is mostly
-    rounding. Micro-batches are the rollout's own: the same kernels give the same numbers, and the first
-    update's ratio is exactly 1. approx_kl is, like the ratio, that of mean log-probs: times D^2 it is the
-    true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
+    pictures of this process, those of benign prompts. On them alone the KL to the frozen U-Net acts, over
+    the whole trajectory: eliciting prompts must be free to move, and CLIP keeps their meaning. Every picture
+    trains its own random timesteps. The last is never among them: its sigma is so small (0.02) that its
+    log-prob is mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers,
+    and the first update's ratio is exactly 1. approx_kl is, like the ratio, that of mean log-probs: times D^2
+    it is the true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
-    steps = torch.stack([torch.randperm(trainable(args), generator=rng) for _ in range(n * WORLD)])
-    steps = steps[my_share(n * WORLD), :args.train_timesteps]  # [B, k]
+    ends = torch.where(gather(held), args.denoise_steps - 1, trainable(args))
+    steps = torch.stack([torch.randperm(e, generator=rng)[:args.train_timesteps] for e in ends])
+    steps = steps[my_share(n * WORLD)]  # [B, k]
     trained = optimizer.param_groups[0]["params"]
     ratios, kls, norms = [], [], []
     finite(advantages, "a reward")
@@ -545,7 +548,8 @@ def check(args: Args):
                  "updates_per_step", "learning_rate", "clip_range", "advantage_clip"):
         if not 0 < getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("guidance_scale", "kl_weight", "clip_weight", "nudity_weight", "lora_rank"):
+    for name in ("guidance_scale", "kl_weight", "clip_weight", "nudity_weight", "lora_rank",
+                 "held_per_step"):
         if not 0 <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
     if args.group_size < 2:
@@ -557,9 +561,10 @@ def check(args: Args):
              f"--denoise-steps {args.denoise_steps} and --train-until {args.train_until} leave")
     if args.updates_per_step > args.train_timesteps:
         fail("--updates-per-step deals the trained timesteps out: it cannot exceed --train-timesteps")
-    if args.prompts_per_step % WORLD:
-        fail(f"--prompts-per-step {args.prompts_per_step} cannot be dealt out to {WORLD} processes: name a "
-             f"multiple of {WORLD}")
+    for n, of_what in ((args.prompts_per_step * args.group_size, "--prompts-per-step times --group-size"),
+                       (args.held_per_step, "--held-per-step")):
+        if n % WORLD:
+            fail(f"{of_what}, {n}, cannot be dealt out to {WORLD} processes: name a multiple of {WORLD}")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
@@ -877,8 +882,9 @@ def train(args: Args):
     prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
     prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
-    elicits = torch.tensor([e for _, _, e in pairs]).float()  # [N]
-    elicits = elicits if elicits.any() else torch.ones_like(elicits)  # a plain list of prompts to suppress
+    benign = [i for i, (_, _, elicits) in enumerate(pairs) if not elicits]
+    benign = benign if len(benign) < len(pairs) else []  # a plain list is one of prompts to suppress
+    eliciting = sorted(set(range(len(pairs))) - set(benign))
     pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now, and
     clip.to("cpu")  # where it waits while the U-Net works
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
@@ -930,8 +936,10 @@ def train(args: Args):
     def policy_gradient_step(step) -> dict:
         """Sample, judge, learn: one step of the algorithm. Returns its line of metrics.jsonl."""
         clock, scores = [time.perf_counter()], []
-        chosen = prompts_of_step(len(pairs), args.prompts_per_step, args.seed, step)
+        chosen = prompts_of_step(eliciting, args.prompts_per_step, args.seed, step)
         index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [P * K]: K pictures of each prompt
+        rewarded, held = len(index), prompts_of_step(benign, args.held_per_step, args.seed, step)
+        index = torch.cat([index, torch.tensor(held, dtype=torch.long)])  # [P * K + H]
         mine = my_share(len(index))  # B of them: all, in a run of one process
         context = prompt_context[:, index[mine]]  # [2, B, 77, d]
 
@@ -945,20 +953,21 @@ def train(args: Args):
         latents, log_prob, images = rollout(policy, vae, context, gens, args.micro_batch, on_images=score)
         clock.append(time.perf_counter())
 
-        nudity = gather(torch.cat([s.result() for s in scores]))  # [P * K]
+        nudity = gather(torch.cat([s.result() for s in scores]))[:rewarded]  # [P * K]
         pictures = image_features(clip.to(device), processor, images)  # [B, d]
-        clip_score = gather((pictures * captions[index[mine]]).sum(dim=1).cpu())  # [P * K]
+        clip_score = gather((pictures * captions[index[mine]]).sum(dim=1).cpu())[:rewarded]  # [P * K]
         clip.to("cpu")
-        punished = nudity * elicits[index]  # a false alarm on a benign prompt must change nothing
         advantages = group_advantages(
-            clip_score.view(-1, args.group_size), punished.view(-1, args.group_size), args.clip_weight,
+            clip_score.view(-1, args.group_size), nudity.view(-1, args.group_size), args.clip_weight,
             args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
 
-        held, rng = elicits[index[mine]] == 0, generator(args.seed, "timesteps", step)
+        rng = generator(args.seed, "timesteps", step)
         torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
-        learned = update(args, policy, context, latents, log_prob, advantages.flatten()[mine], held,
-                         optimizer, scaler, rng)
+        advantage = torch.cat([advantages.flatten(), torch.zeros(len(held))])  # [P * K + H]
+        is_held = torch.arange(len(index)) >= rewarded  # [P * K + H]
+        learned = update(args, policy, context, latents, log_prob, advantage[mine], is_held[mine], optimizer,
+                         scaler, rng)
         clock.append(time.perf_counter())
         if step == first:
             print(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 within "
@@ -966,10 +975,9 @@ def train(args: Args):
 
         memory = torch.cuda.max_memory_allocated() if device == "cuda" else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        judged = nudity[elicits[index] > 0] if elicits[index].any() else punished
         return dict(
-            step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * punished).mean().item(),
-            nudity_score=judged.mean().item(), nudity_rate=(judged > FIRES).float().mean().item(),
+            step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
+            nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
             clip_score=clip_score.mean().item(),
             groups_without_signal=(advantages == 0).all(dim=1).sum().item(), **learned, lr=args.learning_rate,
             seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],

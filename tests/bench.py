@@ -55,8 +55,11 @@ class Bench:
     """the table holds medians of this many, interleaved"""
     out: str = "bench.json"
     """results of all sections"""
-    target_minutes: float = 30
-    """the faithful DDPO arm is stopped after this"""
+    target_minutes: float = 25
+    """an arm of the target section is stopped after this, or after 20 steps"""
+    arms: tuple[str, ...] = ("ours", "faithful DDPO", "whole trajectory rewarded", "one update a step",
+                             "20 denoising steps", "no KL")
+    """of the target section"""
 
 
 # ------------------------------------------------------------------------------------ models
@@ -98,14 +101,17 @@ def write_sd15(folder: str):
 class Rig:
     """A loaded model that samples and learns with random rewards."""
 
-    def __init__(self, model: str, args: sd.Args):
+    def __init__(self, model: str, args: sd.Args, pixels: int | None = None):
         torch.manual_seed(0)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
         device, self.args = "cuda" if CUDA else "cpu", args
         pipe = sd15(dtype) if model == "sd15" else sd.load_pipeline(
             str(ROOT / "tests/tiny") if model == "tiny" else model, dtype, device)
+        if pixels:
+            pipe.unet.register_to_config(sample_size=pixels // pipe.vae_scale_factor)
         self.pipe = pipe
-        self.context = sd.encode_prompts(pipe, ["an astronaut"] * args.prompts_per_step * args.group_size)
+        self.rewarded = args.prompts_per_step * args.group_size
+        self.context = sd.encode_prompts(pipe, ["an astronaut"] * (self.rewarded + args.held_per_step))
         pipe.text_encoder = None
         self.policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
                                 args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
@@ -128,11 +134,12 @@ class Rig:
         gens = [sd.generator("bench", i) for i in range(n)]
         latents, log_prob, _ = sd.rollout(self.policy, self.pipe.vae, self.context, gens, args.micro_batch)
         middle = clock()
-        learned = sd.update(args, self.policy, self.context, latents, log_prob, torch.randn(n),
-                            torch.arange(n) % 3 == 0, self.optimizer, self.scaler, sd.generator("steps"))
+        held = torch.arange(n) >= self.rewarded
+        learned = sd.update(args, self.policy, self.context, latents, log_prob, torch.randn(n) * ~held, held,
+                            self.optimizer, self.scaler, sd.generator("steps"))
         end = clock()
         return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
-                    peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else None)
+                    peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0)
 
 
 def clock() -> float:
@@ -142,13 +149,17 @@ def clock() -> float:
 
 
 def compare(variants: dict[str, dict], model: str, base: sd.Args, repeats: int) -> list[dict]:
-    """Medians of every variant, interleaved on the CPU; one after the other on a GPU, where memory counts."""
+    """Medians of every variant, interleaved on the CPU; one after the other on a GPU, where memory counts.
+    rollout and update are seconds a picture; peak_gb on a CPU is that of tensors, the weights aside."""
     rows = []
     for name, changes in variants.items():
         try:
-            rig = Rig(model, dataclasses.replace(base, **changes))
-            rig.step()  # warm-up
-            rows.append(dict(name=name, rig=rig, runs=[]))
+            changes, pixels = dict(changes), changes.get("pixels")
+            changes.pop("pixels", None)
+            rig = Rig(model, dataclasses.replace(base, **changes), pixels)
+            with contextlib.nullcontext() if CUDA else Allocated(rig.pipe.unet) as tracker:
+                rig.step()  # warm-up
+            rows.append(dict(name=name, rig=rig, runs=[], peak_gb=0 if CUDA else tracker.peak / 2**30))
             if CUDA:
                 rows[-1]["runs"] = [rig.step() for _ in range(repeats)]
                 rows[-1]["attention"] = rig.attention
@@ -158,20 +169,23 @@ def compare(variants: dict[str, dict], model: str, base: sd.Args, repeats: int) 
             rows.append(dict(name=name, runs=[], error=str(error).splitlines()[0][:80]))
     for _ in range(0 if CUDA else repeats):
         for row in rows:
-            row["runs"].append(row["rig"].step())
+            if "rig" in row:
+                row["runs"].append(row["rig"].step())
     table = []
     for row in rows:
         row.pop("rig", None)
         median = {k: statistics.median(r[k] for r in row["runs"]) for k in ("rollout", "update", "ratio")} \
             if row["runs"] else {}
-        peak = max((r["peak_gb"] or 0 for r in row["runs"]), default=0)
-        table.append({k: v for k, v in row.items() if k != "runs"} | median | dict(peak_gb=peak or None))
+        if CUDA:
+            row["peak_gb"] = max((r["peak_gb"] for r in row["runs"]), default=None)
+        table.append({k: v for k, v in row.items() if k != "runs"} | median)
     return table
 
 
 def speed(bench: Bench) -> list[dict]:
     tiny = bench.model == "tiny"
-    base = tiny_args(prompts_per_step=2) if tiny else sd.Args(prompts_per_step=1, denoise_steps=10)
+    base = tiny_args(prompts_per_step=2, held_per_step=16) if tiny else sd.Args(
+        prompts_per_step=1, held_per_step=8, denoise_steps=10)
     variants = {"defaults": {}, "no KL": dict(kl_weight=0.0), "AdamW, 32 bits": dict(optimizer_8bit=False)}
     if tiny:
         variants |= {"gradient checkpointing": dict(gradient_checkpointing=True),
@@ -185,10 +199,14 @@ def speed(bench: Bench) -> list[dict]:
 
 
 def growth(bench: Bench) -> list[dict]:
-    """Time and memory against pictures a step and denoising steps."""
-    base = tiny_args(prompts_per_step=1) if bench.model == "tiny" else sd.Args(prompts_per_step=1)
-    variants = {f"{p * 8} pictures": dict(prompts_per_step=p) for p in (1, 2, 4)}
+    """Seconds a picture and memory against pictures a step, denoising steps and size. The peak must not grow
+    with the pictures but for their trajectories, which wait on the host."""
+    tiny = bench.model == "tiny"
+    base = tiny_args(prompts_per_step=2, held_per_step=0) if tiny else sd.Args(
+        prompts_per_step=1, held_per_step=0)
+    variants = {f"{p * 8} pictures": dict(prompts_per_step=p) for p in (2, 4, 8)}
     variants |= {f"{t} denoising steps": dict(denoise_steps=t) for t in (8, 16, 32)}
+    variants |= {f"{p} px": dict(pixels=p) for p in ((64, 96, 128) if tiny else (256, 512, 768))}
     return compare(variants, bench.model, base, bench.repeats)
 
 
@@ -220,8 +238,9 @@ class Allocated(TorchDispatchMode):
         self.alive -= size
 
 
-def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, bits8=True) -> dict:
-    """GiB of tensors that SD 1.5 at 512 px needs: FakeTensorMode runs the real modules without their numbers.
+def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, bits8=True,
+             pixels=512) -> dict:
+    """GiB of tensors that SD 1.5 needs: FakeTensorMode runs the real modules without their numbers.
 
     The total is what stays (weights of U-Net and VAE, Adam's state, the whole U-Net's frozen copy) and the
     largest of what comes and goes: a U-Net call of the rollout, the decoding of a picture, CLIP ViT-L/14's
@@ -244,14 +263,14 @@ def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, 
             unet.enable_gradient_checkpointing()
         trained = [p for p in unet.parameters() if p.requires_grad]
         n, b = sum(p.numel() for p in trained), 2 * micro_batch  # guidance doubles the batch
-        x, t, context = torch.randn(b, 4, 64, 64), torch.ones(b), torch.randn(b, 77, 768)
+        x, t, context = torch.randn(b, 4, pixels // 8, pixels // 8), torch.ones(b), torch.randn(b, 77, 768)
         autocast = torch.autocast("cpu", dtype, enabled=precision != "fp32")
         peaks = {}
         with torch.no_grad(), autocast, Allocated(unet) as tracker:
             unet(x, t, context)
         peaks["rollout"] = tracker.peak
         with torch.no_grad(), Allocated(vae) as tracker:
-            vae.decode(torch.randn(1, 4, 64, 64, dtype=dtype))
+            vae.decode(torch.randn(1, 4, pixels // 8, pixels // 8, dtype=dtype))
         peaks["decode"] = tracker.peak
         torch.set_default_dtype(torch.float16)
         clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP_15))
@@ -274,7 +293,7 @@ def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, 
                 frozen=0 if lora_rank else n * dtype.itemsize)
     gib = {k: v / 2**30 for k, v in (held | peaks).items()}
     return dict(trains="LoRA" if lora_rank else "U-Net", precision=precision, checkpointing=checkpointing,
-                bits8=bits8, micro_batch=micro_batch, **gib,
+                bits8=bits8, micro_batch=micro_batch, pixels=pixels, **gib,
                 total=(sum(held.values()) + max(peaks.values())) / 2**30)
 
 
@@ -295,7 +314,8 @@ def size(tensors) -> int:
 def memory(bench: Bench) -> list[dict]:
     return [on_paper(*v) for v in ((16, "bf16", True, 1), (16, "bf16", True, 4), (16, "bf16", False, 1),
                                    (16, "bf16", False, 4), (16, "fp32", True, 1), (16, "fp32", True, 4),
-                                   (0, "bf16", True, 1), (0, "bf16", True, 4), (0, "bf16", True, 1, False))]
+                                   (0, "bf16", True, 1), (0, "bf16", True, 4), (0, "bf16", True, 1, False),
+                                   (16, "bf16", True, 4, True, 256), (16, "bf16", True, 4, True, 768))]
 
 
 # ------------------------------------------------------------------------------------ time to target
@@ -309,9 +329,10 @@ def faithful_ddpo():
         return torch.tensor([max([d["score"] for d in detector.detect(np.ascontiguousarray(i))
                                   if d["class"] in labels], default=0.0) for i in images])
 
-    def prompts_of_step(*arguments, original=sd.prompts_of_step):
-        current[:] = original(*arguments)
-        return list(current)
+    def prompts_of_step(prompts, how_many, seed, step, original=sd.prompts_of_step):
+        chosen = original(prompts, how_many, seed, step)
+        current[:] = chosen or current  # the benign ones, of which it has none, are asked for last
+        return chosen
 
     def advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_clip):
         rewards = clip_weight * clip_scores - nudity_weight * nudity  # [P, K]
@@ -328,41 +349,45 @@ def faithful_ddpo():
 ARMS = {  # flags over the embedded model's defaults
     "ours": {},
     "faithful DDPO": dict(denoise_steps=50, train_timesteps=49, train_until=1.0, updates_per_step=1,
-                          clip_range=1e-4, kl_weight=0.0, optimizer_8bit=False),
-    "ours, whole trajectory": dict(train_until=1.0),
-    "ours, one update a step": dict(updates_per_step=1),
-    "ours, no KL": dict(kl_weight=0.0)}
+                          clip_range=1e-4, kl_weight=0.0, held_per_step=0, prompts_per_step=6,
+                          clip_weight=1.0, optimizer_8bit=False),
+    "whole trajectory rewarded": dict(train_until=1.0),
+    "one update a step": dict(updates_per_step=1),
+    "20 denoising steps": dict(denoise_steps=20),
+    "no KL": dict(kl_weight=0.0)}
 
 
 def target(bench: Bench) -> list[dict]:
-    """Seconds of rollout, reward and update until under 10 % of held-out pictures show a face."""
+    """Seconds of rollout, reward and update until under 10 % of held-out pictures show a face and CLIP keeps
+    98 % of the base model's score, on portraits and on benign pictures."""
     table = []
-    for name, changes in ARMS.items():
-        folder = Path("runs") / f"bench-{name.replace(' ', '-').replace(',', '')}"
+    for name in bench.arms:
+        folder, kept = Path("runs") / f"bench-{name.replace(' ', '-')}", []
         shutil.rmtree(folder, ignore_errors=True)
-        kept, patches = {}, faithful_ddpo() if name.startswith("faithful") else {}
-        patches["save_weights"] = lambda unet, rank, out, kept=kept: kept.update({len(kept): {
-            k: v.detach().clone() for k, v in unet.named_parameters() if v.requires_grad}})
-        old = {k: getattr(sd, k) for k in patches}
         deadline = time.time() + 60 * bench.target_minutes
-        patches["asked"] = type("Late", (list,), {"__bool__": lambda self, d=deadline: time.time() > d})([15])
-        old["asked"] = sd.asked
-        try:
+        late = type("Late", (list,), {"__bool__": lambda self, d=deadline: time.time() > d})([15])
+
+        def keep(unet, rank, out, kept=kept):
+            kept.append({k: v.detach().clone() for k, v in unet.named_parameters() if v.requires_grad})
+
+        patches = dict(save_weights=keep, asked=late, **(faithful_ddpo() if name == "faithful DDPO" else {}))
+        with contextlib.ExitStack() as stack:
             for k, v in patches.items():
-                setattr(sd, k, v)
-            sd.train(tiny_args(**changes, steps=40, save_every=1, out=str(folder)))
-        except SystemExit as stop:
-            print(f"{name}: stopped ({stop.code})")
-        finally:
-            for k, v in old.items():
-                setattr(sd, k, v)
+                stack.enter_context(mock.patch.object(sd, k, v))
+            try:
+                sd.train(tiny_args(**ARMS[name], steps=20, save_every=1, out=str(folder)))
+            except SystemExit as stop:
+                print(f"{name}: stopped ({stop.code})")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        seconds = np.cumsum([sum(m[f"seconds_{k}"] for k in ("rollout", "reward", "update")) for m in lines])
+        seconds = np.cumsum([0] + [sum(m[f"seconds_{k}"] for k in ("rollout", "reward", "update"))
+                                   for m in lines])
         for step in range(0, len(lines) + 1, 2):
-            judged, spent = judge(kept[step]), float(seconds[step - 1]) if step else 0.0
-            table.append(dict(name=name, step=step, seconds=spent, **judged))
+            table.append(dict(arm=name, step=step, seconds=float(seconds[step]), **judge(kept[step])))
             print(table[-1], flush=True)
-            if judged["face_rate"] < 0.1:
+            first = table[-1 - step // 2]
+            if table[-1]["face_rate"] < 0.1 and all(table[-1][k] > 0.98 * first[k]
+                                                    for k in ("clip_face", "clip_benign")):
+                table[-1]["target"] = "reached"
                 break
     return table
 

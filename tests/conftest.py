@@ -22,8 +22,8 @@ def cli(*arguments, script="shielddiff.py", timeout=900):
                           capture_output=True, timeout=timeout)
 
 
-SMALL = ("--model", "tests/tiny", "--denoise-steps", 4, "--train-timesteps", 2, "--prompts-per-step", 2,
-         "--group-size", 2, "--micro-batch", 2, "--updates-per-step", 2)
+SMALL = ("--model", "tests/tiny", "--denoise-steps", 4, "--train-timesteps", 2, "--prompts-per-step", 1,
+         "--group-size", 2, "--held-per-step", 2, "--micro-batch", 2, "--updates-per-step", 2)
 
 
 def train(*arguments):

@@ -57,6 +57,6 @@ def test_a_process_that_dies_ends_the_run_and_one_process_can_go_on(tmp_path):
 
 
 def test_prompts_that_cannot_be_dealt_out_are_refused(tmp_path):
-    process = start(*SMALL, "--prompts-per-step", 3, "--out", tmp_path / "run")
-    assert "3 cannot be dealt out to 2 processes" in process.communicate(timeout=300)[1]
+    process = start(*SMALL, "--held-per-step", 3, "--out", tmp_path / "run")
+    assert "--held-per-step, 3, cannot be dealt out to 2 processes" in process.communicate(timeout=300)[1]
     assert process.returncode != 0 and not (tmp_path / "run").exists()

@@ -206,8 +206,10 @@ def test_small_updates_of_bf16_weights_are_not_rounded_away():
 
 
 def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():
-    steps = [sd.prompts_of_step(5, 3, 0, s) for s in range(10)]
+    prompts = [2, 3, 5, 7, 11]
+    steps = [sd.prompts_of_step(prompts, 3, 0, s) for s in range(10)]
     flat = sum(steps, [])
-    assert all(sorted(flat[i:i + 5]) == list(range(5)) for i in range(0, 30, 5))
-    assert steps[4] == sd.prompts_of_step(5, 3, 0, 4)
-    assert steps != [sd.prompts_of_step(5, 3, 1, s) for s in range(10)]
+    assert all(sorted(flat[i:i + 5]) == prompts for i in range(0, 30, 5))
+    assert steps[4] == sd.prompts_of_step(prompts, 3, 0, 4)
+    assert steps != [sd.prompts_of_step(prompts, 3, 1, s) for s in range(10)]
+    assert sd.prompts_of_step([], 3, 0, 0) == [] == sd.prompts_of_step(prompts, 0, 0, 0)
