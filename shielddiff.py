@@ -2,7 +2,7 @@
 
     python shielddiff.py --steps 16                          # no GPU: the embedded tiny model; else SD 1.5
     python shielddiff.py --steps 300 --model my/checkpoint   # any SD 1.x / 2.x pipeline, diffusers layout
-    torchrun --nproc-per-node 2 shielddiff.py --steps 300    # the same run, its groups dealt out to two GPUs
+    torchrun --nproc-per-node 2 shielddiff.py --steps 300    # the same run, dealt out to two GPUs
     python shielddiff.py --help                              # every knob, its unit and why its default
 
 The denoising trajectory x_T -> ... -> x_0 of a prompt c is an episode, each step an action drawn from the
@@ -11,16 +11,18 @@ picture is a black box with two terms, each standardised among the K pictures of
 
     A    = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
-    loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * |noise_theta - noise_frozen|^2
+    loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * E_t[ |mu_theta - mu_frozen|^2 ]
 
 The nudity term removes the content and the CLIP term keeps the rest of the picture, without which the policy
-learns to draw nothing at all. Benign prompts have no reward (a false alarm must not change them), and they
-alone have the KL: it holds them where they are, while the others are free to move.
+learns to draw nothing at all. The first term of the loss is that of prompts that elicit the content. Benign
+prompts have no reward (a false alarm must not change them) but the second, the KL: it holds them where they
+are, while the others are free to move.
 What changes is the U-Net, not the prompt: no filter to talk around.
 
 Sections 1 to 4 are the method and policy_gradient_step, in train(), is its pseudocode; the rest of section 5
 is what lets a run be left alone overnight: bad input, bad numbers, too little memory, kill and resume.
 """
+import argparse
 import copy
 import dataclasses
 import difflib
@@ -111,7 +113,7 @@ class Args:
     """classifier-free guidance of the policy, in rollout and update alike; below that of later use is harder,
     and what was learned there stronger guidance only sharpens"""
     train_timesteps: int = 5
-    """random timesteps trained per picture, of those that --train-until leaves"""
+    """random timesteps trained per picture"""
     train_until: float = 0.6
     """share of the trajectory that is rewarded, from its noisy end: later steps draw detail, not what is
     shown, and would only add noise to the gradient. The last step is never trained"""
@@ -120,7 +122,7 @@ class Args:
     group_size: int = 8
     """pictures of each of them (K): the group within which rewards are compared"""
     held_per_step: int = 8
-    """pictures of benign prompts a rollout, of as many prompts as there are: they are held, not rewarded"""
+    """pictures of benign prompts a rollout, each of the next prompt: they are held, not rewarded"""
     micro_batch: int = 4
     """pictures a U-Net call (guidance doubles them): memory grows with it, the result does not change"""
     updates_per_step: int = 1
@@ -131,8 +133,9 @@ class Args:
     """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
-    kl_weight: float = 1.0
-    """weight of the squared difference to the frozen U-Net's prediction on benign prompts: holds them"""
+    kl_weight: float = 10.0
+    """weight of the squared distance between trained and frozen U-Net's means on benign prompts: holds them.
+    The more denoising steps, the shorter each, and the larger it has to be; 0 leaves benign prompts out"""
     clip_weight: float = 1.0
     """weight of the standardised CLIP score in the advantage"""
     nudity_weight: float = 1.0
@@ -171,12 +174,9 @@ def fail(message: str, code=2):
 
 def parse_args(argv: Sequence[str] | None = None) -> Args:
     """The command line over the defaults of the model it names."""
-
-    @dataclass
-    class Which:
-        model: str | None = None
-
-    model = tyro.cli(Which, args=argv, return_unknown_args=True, add_help=False)[0].model
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--model")
+    model = which.parse_known_args(argv)[0].model
     tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
     args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **TINY) if tiny else Args())
     if Path(args.model).exists():
@@ -273,10 +273,9 @@ def frozen_noise(policy: Policy, latents, timesteps, context):
     if policy.frozen is not None:
         return predict_noise(policy, latents, timesteps, context, policy.frozen)
     policy.unet.disable_adapters()
-    try:
-        return predict_noise(policy, latents, timesteps, context)
-    finally:
-        policy.unet.enable_adapters()
+    output = predict_noise(policy, latents, timesteps, context)
+    policy.unet.enable_adapters()
+    return output
 
 
 # ------------------------------------------------------------------------------------ 2. the reward
@@ -375,9 +374,8 @@ def generator(*key) -> torch.Generator:
 def prompts_of_step(prompts: Sequence[int], how_many: int, seed: int, step: int) -> list[int]:
     """The next of these prompts (their indices): shuffled passes through them, one after the other."""
     n, positions = len(prompts), range(step * how_many, (step + 1) * how_many) if prompts else ()
-    orders = {e: torch.randperm(n, generator=generator(seed, "prompts", e))
-              for e in {p // n for p in positions}}
-    return [prompts[orders[p // n][p % n]] for p in positions]
+    return [prompts[torch.randperm(n, generator=generator(seed, "prompts", p // n))[p % n]]
+            for p in positions]
 
 
 @torch.no_grad()
@@ -385,7 +383,8 @@ def rollout(policy: Policy, vae, context, generators, micro_batch, on_images=Non
     """Sample trajectories and pictures of context [2, B, 77, d].
 
     generators: one a picture, drawn from in diffusers' order: StableDiffusionPipeline(eta=1, generator=...)
-    draws the same pictures. on_images(images) is called with each finished micro-batch: rewards can overlap.
+    draws the same pictures. on_images(i, images) is called with each finished micro-batch, pictures i and
+    following: rewards can overlap.
     Returns latents [B, T+1, 4, h, w] fp32 and log_prob [B, T] on the host, images uint8 [B, H, W, 3]. Raises
     FloatingPointError where a picture is not finite.
     """
@@ -406,7 +405,7 @@ def rollout(policy: Policy, vae, context, generators, micro_batch, on_images=Non
         finite(decoded, "a picture")  # as a byte, NaN is black: a picture that every detector calls safe
         images = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         if on_images:
-            on_images(images)
+            on_images(i, images)
         all_latents.append(torch.stack(trajectory, dim=1).cpu())  # [b, T+1, 4, h, w], stored once
         all_log_probs.append(torch.stack(log_probs, dim=1).cpu())  # [b, T]
         all_images.append(images)
@@ -422,25 +421,24 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range):
 
 
 def trainable(args: Args) -> int:
-    """How many of the T steps are trained from, counted from the noisy end."""
-    return min(math.ceil(args.denoise_steps * args.train_until), args.denoise_steps - 1)
+    """How many of the T steps rewarded pictures are trained from, counted from the noisy end."""
+    return min(math.ceil(round(args.denoise_steps * args.train_until, 6)), args.denoise_steps - 1)
 
 
-def update(args: Args, policy: Policy, context, latents, log_prob, advantages, held, optimizer, scaler, rng):
+def update(args: Args, policy: Policy, context, latents, log_prob, advantages, held, steps, optimizer,
+           scaler):
     """The optimizer updates of one rollout; returns their metrics.
 
-    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T], advantages [B], held [B] bool: of the B
-    pictures of this process, those of benign prompts. On them alone the KL to the frozen U-Net acts, over
-    the whole trajectory: eliciting prompts must be free to move, and CLIP keeps their meaning. Every picture
-    trains its own random timesteps. The last is never among them: its sigma is so small (0.02) that its
-    log-prob is mostly rounding. Micro-batches are the rollout's own: the same kernels give the same numbers,
-    and the first update's ratio is exactly 1. approx_kl is, like the ratio, that of mean log-probs: times D^2
-    it is the true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
+    context [2, B, 77, d], latents [B, T+1, 4, h, w], log_prob [B, T] of this process's B pictures; advantages
+    [B]; held [B] bool: those of benign prompts; steps [B, k]: the steps that each trains, of T. On the held
+    ones alone the KL to the frozen U-Net acts: eliciting prompts must be free to move, and CLIP keeps their
+    meaning. Without its factor 1 / (2 sigma^2), which blows up at the end of the trajectory, it is the
+    squared distance of the means, and weighs the beginning most, where brightness and colour are decided.
+    Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
+    is exactly 1. approx_kl is, like the ratio, that of mean log-probs of the rewarded: times D^2 it is the
+    true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
-    ends = torch.where(gather(held), args.denoise_steps - 1, trainable(args))
-    steps = torch.stack([torch.randperm(e, generator=rng)[:args.train_timesteps] for e in ends])
-    steps = steps[my_share(n * WORLD)]  # [B, k]
     trained = optimizer.param_groups[0]["params"]
     ratios, kls, norms = [], [], []
     finite(advantages, "a reward")
@@ -452,25 +450,28 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
         for rows in torch.arange(n).split(args.micro_batch):
             if i == 0:  # later, this step's updates are finished first: weights are saved between steps
                 leave_if_asked()
-            if not (advantages[rows].any() or args.kl_weight and held[rows].any()):
+            if not (advantages[rows].any() or held[rows].any()):
                 continue  # nothing to learn: these groups got the same reward for every picture
             ctx, advantage = context[:, rows].to(device), advantages[rows].to(device)
             hold = held[rows].to(device)  # [b]
             for s in dealt[rows].T:  # [b], one step index a picture
                 x, x_prev = latents[rows, s].to(device), latents[rows, s + 1].to(device)  # [b, 4, h, w]
                 t = schedule.timesteps[s].to(device)
+                alphas = torch.stack([schedule.alpha[s], schedule.alpha_prev[s]]).to(device)  # [2, b]
                 output = predict_noise(policy, x, t, ctx)
-                new_log_prob = ddim_step(output, x, schedule.alpha[s], schedule.alpha_prev[s],
-                                         schedule.prediction_type, prev_sample=x_prev)[1]
+                _, new_log_prob, mu, _ = ddim_step(output, x, *alphas, schedule.prediction_type,
+                                                   prev_sample=x_prev)
                 old_log_prob = log_prob[rows, s].to(device)
                 loss, ratio = policy_loss(new_log_prob, old_log_prob, advantage, args.clip_range)
                 loss = loss.sum()
-                if args.kl_weight and hold.any():  # between predictions: the KL's own 1 / sigma^2 blows up
+                if hold.any():
                     frozen = frozen_noise(policy, x[hold], t[hold], ctx[:, hold])
-                    kl = (output[hold] - frozen).square().mean(dim=(1, 2, 3))  # [held of b]
+                    mu_frozen = ddim_step(frozen, x[hold], *alphas[:, hold], schedule.prediction_type,
+                                          noise=0)[2]
+                    kl = (mu[hold] - mu_frozen).square().mean(dim=(1, 2, 3))  # [held of b]
                     loss = loss + args.kl_weight * kl.sum()
                     kls.append(kl.detach().cpu())
-                ratios.append(ratio.detach().cpu())
+                ratios.append(ratio[~hold].detach().cpu())
                 total += loss.detach()
                 scaler.scale(loss / (n * WORLD * dealt.shape[1])).backward()
         finite(total, "the loss")
@@ -506,7 +507,7 @@ def finite(numbers: torch.Tensor, what: str):
 
 
 def my_share(n: int) -> slice:
-    """Which of n pictures are this process's: whole groups, as many as every other process has."""
+    """Which of n pictures are this process's: as many as every other process has."""
     return slice(n // WORLD * RANK, n // WORLD * (RANK + 1))
 
 
@@ -535,6 +536,9 @@ def read_prompts(path: str) -> list[tuple[str, str, bool]]:
     except UnicodeDecodeError as error:
         fail(f"prompt file {path} is not UTF-8 text: bad byte at offset {error.start}")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    for line in lines:  # held instead of suppressed, if taken for a benign prompt
+        if "=>" in line and " => " not in line:
+            fail(f"prompt file {path}: '=>' needs a space and a text on both sides: {line}")
     parts = [[part.strip() for part in line.split(" => ", 1)] for line in lines]
     if not parts:
         fail(f"prompt file {path} holds no prompt")
@@ -544,14 +548,11 @@ def read_prompts(path: str) -> list[tuple[str, str, bool]]:
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
     check_labels(args.labels)
-    for name in ("steps", "denoise_steps", "train_timesteps", "prompts_per_step", "micro_batch", "save_every",
-                 "updates_per_step", "learning_rate", "clip_range", "advantage_clip"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("guidance_scale", "kl_weight", "clip_weight", "nudity_weight", "lora_rank",
-                 "held_per_step"):
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    may_be_0 = ("guidance_scale", "kl_weight", "clip_weight", "nudity_weight", "lora_rank", "held_per_step")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and name != "seed" and not (
+                0 < value < math.inf or value == 0 and name in may_be_0):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
     if args.group_size < 2:
         fail("--group-size must be at least 2: rewards are compared within a group")
     if not 0 < args.train_until <= 1:
@@ -570,6 +571,8 @@ def check(args: Args):
 
 
 def check_labels(labels: Sequence[str]):
+    if not labels:
+        fail("--labels names no label")
     for label in labels:
         if label not in LABELS:
             near = difflib.get_close_matches(label.upper(), LABELS, cutoff=0.5)
@@ -791,19 +794,9 @@ def draw_curves(metrics: list[dict], path: Path):
     names = ("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")
     figure = Figure(figsize=(12, 6), layout="constrained")
     for chart, name in zip(figure.subplots(2, 3).flat, names, strict=True):
-        chart.plot(*zip(*[(m["step"], m[name]) for m in metrics if name in m], strict=True))
+        chart.plot([m.get(name, math.nan) for m in metrics])  # a gap is a skipped step
         chart.set_title(name)
     write_atomically(path, lambda p: figure.savefig(p, format="png"))
-
-
-def draw_samples(images: np.ndarray, path: Path, before: bool):
-    """samples.png: the first call writes the upper row of pictures, a later one the row below it."""
-    n, h, w, _ = images.shape
-    sheet = Image.new("RGB", (n * w, 2 * h), "white")
-    if not before:
-        sheet.paste(Image.open(path).crop((0, 0, n * w, h)))
-    sheet.paste(Image.fromarray(np.concatenate(images, axis=1)), (0, 0 if before else h))
-    write_atomically(path, lambda p: sheet.save(p, format="PNG"))
 
 
 def open_run(args: Args) -> tuple[dict, list[dict]]:
@@ -882,15 +875,14 @@ def train(args: Args):
     prove_reward(detector, unet.config.sample_size * pipe.vae_scale_factor)
     prompt_context = encode_prompts(pipe, [p for p, _, _ in pairs])  # [2, N, 77, d]
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
-    benign = [i for i, (_, _, elicits) in enumerate(pairs) if not elicits]
-    benign = benign if len(benign) < len(pairs) else []  # a plain list is one of prompts to suppress
-    eliciting = sorted(set(range(len(pairs))) - set(benign))
+    eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits] or list(range(len(pairs)))
+    benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now, and
     clip.to("cpu")  # where it waits while the U-Net works
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
     attention = pick_attention(unet, args.attention, dtype)
-    if args.kl_weight and not args.lora_rank:  # the whole U-Net will move: keep it as it was
+    if benign and not args.lora_rank:  # the whole U-Net will move: keep it as it was
         policy.frozen = copy.deepcopy(unet).to(dtype)
     make_trainable(unet, args.lora_rank)
     trained = [p for p in unet.parameters() if p.requires_grad]
@@ -911,7 +903,10 @@ def train(args: Args):
         images = rollout(policy, vae, prompt_context[:, shown], gens, args.micro_batch)[2]
         if set(args.labels) & set(NUDITY) and not args.show_uncensored:
             images = pixelate(detector, images)
-        draw_samples(images, out / "samples.png", before)
+        row = np.concatenate(images, axis=1)  # [H, n * W, 3]
+        above = [] if before else [np.asarray(Image.open(out / "samples.png"))[:len(row)]]
+        sheet = Image.fromarray(np.concatenate([*above, row]))
+        write_atomically(out / "samples.png", lambda p: sheet.save(p, format="PNG"))
 
     def save(step):
         if RANK:
@@ -937,37 +932,43 @@ def train(args: Args):
         """Sample, judge, learn: one step of the algorithm. Returns its line of metrics.jsonl."""
         clock, scores = [time.perf_counter()], []
         chosen = prompts_of_step(eliciting, args.prompts_per_step, args.seed, step)
-        index = torch.tensor(chosen).repeat_interleave(args.group_size)  # [P * K]: K pictures of each prompt
-        rewarded, held = len(index), prompts_of_step(benign, args.held_per_step, args.seed, step)
-        index = torch.cat([index, torch.tensor(held, dtype=torch.long)])  # [P * K + H]
-        mine = my_share(len(index))  # B of them: all, in a run of one process
+        held = prompts_of_step(benign, args.held_per_step, args.seed, step)
+        index = torch.tensor([i for i in chosen for _ in range(args.group_size)] + held)  # [P * K + H]
+        rewarded = len(index) - len(held)  # the first P * K: groups of K pictures of one prompt
+        places = list(range(len(index)))
+        mine = places[my_share(rewarded)] + places[rewarded:][my_share(len(held))]  # B of them
+        own = rewarded // WORLD  # so many of the B are rewarded
         context = prompt_context[:, index[mine]]  # [2, B, 77, d]
 
-        def score(images):
+        def score(i, images):
             leave_if_asked()
-            scores.append(worker.submit(nudity_scores, detector, images, args.labels))
-            if device == "cpu":  # no idle cores: overlapping would only slow both down
-                scores[-1].result()
+            if i < own:
+                scores.append(worker.submit(nudity_scores, detector, images[:own - i], args.labels))
+                if device == "cpu":  # no idle cores: overlapping would only slow both down
+                    scores[-1].result()
 
-        gens = [generator(args.seed, "rollout", step, i) for i in range(len(index))][mine]
+        gens = [generator(args.seed, "rollout", step, i) for i in mine]
         latents, log_prob, images = rollout(policy, vae, context, gens, args.micro_batch, on_images=score)
         clock.append(time.perf_counter())
 
-        nudity = gather(torch.cat([s.result() for s in scores]))[:rewarded]  # [P * K]
-        pictures = image_features(clip.to(device), processor, images)  # [B, d]
-        clip_score = gather((pictures * captions[index[mine]]).sum(dim=1).cpu())[:rewarded]  # [P * K]
+        nudity = gather(torch.cat([s.result() for s in scores]))  # [P * K]
+        pictures = image_features(clip.to(device), processor, images[:own])  # [P * K / WORLD, d]
+        clip_score = gather((pictures * captions[index[mine[:own]]]).sum(dim=1).cpu())  # [P * K]
         clip.to("cpu")
         advantages = group_advantages(
             clip_score.view(-1, args.group_size), nudity.view(-1, args.group_size), args.clip_weight,
             args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
 
+        # The last step is never trained: its sigma is so small (0.02) that a log-prob is mostly rounding.
         rng = generator(args.seed, "timesteps", step)
+        ends = [trainable(args)] * rewarded + [args.denoise_steps - 1] * len(held)
+        steps = torch.stack([torch.randperm(end, generator=rng)[:args.train_timesteps] for end in ends])
         torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
-        advantage = torch.cat([advantages.flatten(), torch.zeros(len(held))])  # [P * K + H]
-        is_held = torch.arange(len(index)) >= rewarded  # [P * K + H]
-        learned = update(args, policy, context, latents, log_prob, advantage[mine], is_held[mine], optimizer,
-                         scaler, rng)
+        is_held = torch.arange(len(mine)) >= own  # [B]
+        advantage = torch.cat([advantages.flatten()[my_share(rewarded)], torch.zeros(len(mine) - own)])  # [B]
+        learned = update(args, policy, context, latents, log_prob, advantage, is_held, steps[mine], optimizer,
+                         scaler)
         clock.append(time.perf_counter())
         if step == first:
             print(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 within "

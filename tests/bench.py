@@ -111,7 +111,8 @@ class Rig:
             pipe.unet.register_to_config(sample_size=pixels // pipe.vae_scale_factor)
         self.pipe = pipe
         self.rewarded = args.prompts_per_step * args.group_size
-        self.context = sd.encode_prompts(pipe, ["an astronaut"] * (self.rewarded + args.held_per_step))
+        n = self.rewarded + (args.held_per_step if args.kl_weight else 0)
+        self.context = sd.encode_prompts(pipe, ["an astronaut"] * n)
         pipe.text_encoder = None
         self.policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
                                 args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
@@ -135,8 +136,9 @@ class Rig:
         latents, log_prob, _ = sd.rollout(self.policy, self.pipe.vae, self.context, gens, args.micro_batch)
         middle = clock()
         held = torch.arange(n) >= self.rewarded
+        steps = torch.stack([torch.randperm(sd.trainable(args))[:args.train_timesteps] for _ in range(n)])
         learned = sd.update(args, self.policy, self.context, latents, log_prob, torch.randn(n) * ~held, held,
-                            self.optimizer, self.scaler, sd.generator("steps"))
+                            steps, self.optimizer, self.scaler)
         end = clock()
         return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
                     peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0)

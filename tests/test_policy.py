@@ -168,8 +168,9 @@ def gradients(micro_batch, advantages=(1.0, -2.0, 0.5, 0.5), held=(True, False, 
     context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
     latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], micro_batch)
     optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
-    sd.update(args, policy, context, latents, log_prob, torch.tensor(advantages), torch.tensor(held),
-              optimizer, torch.amp.GradScaler("cpu", enabled=False), sd.generator("t"))
+    steps = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])  # [pictures, timesteps trained]
+    sd.update(args, policy, context, latents, log_prob, torch.tensor(advantages), torch.tensor(held), steps,
+              optimizer, torch.amp.GradScaler("cpu", enabled=False))
     return torch.cat([g.flatten() for g in optimizer.seen])
 
 

@@ -183,7 +183,7 @@ def nan_gradient(*arguments, original=sd.policy_loss):
 
 
 @pytest.mark.parametrize(("name", "call", "bad", "what"), [
-    ("nudity_scores", 4, nan_reward, "reward"), ("policy_loss", 1, nan_loss, "loss"),
+    ("nudity_scores", 3, nan_reward, "reward"), ("policy_loss", 1, nan_loss, "loss"),
     ("policy_loss", 1, nan_gradient, "gradient")])
 def test_a_step_with_bad_numbers_is_skipped_and_logged(name, call, bad, what, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # nudity_scores is called twice by the start-up check

@@ -92,6 +92,8 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--prompts", "no/such/file.txt"], ["no/such/file.txt"]),
     (["--prompts", "EMPTY"], ["holds no prompt"]),
+    (["--prompts", "ARROW"], ["'=>' needs a space", "a nude woman=>a woman"]),
+    (["--labels"], ["no label"]),
     (["--prompts", "BINARY"], ["not UTF-8", "offset 3"]),
     (["--labels", "FACE_FEMAL"], ["FACE_FEMAL", "FACE_FEMALE"]),
     (["--model", "no/such/model", "--prompts", "tests/tiny/prompts.txt"], ["no/such/model", "folder"]),
@@ -109,7 +111,8 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
 def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, tmp_path, capsys):
     (tmp_path / "EMPTY").write_text("# only a comment\n\n")
     (tmp_path / "BINARY").write_bytes(b"abc\xff\xfe")
-    arguments = [str(tmp_path / a) if a in ("EMPTY", "BINARY") else a for a in arguments]
+    (tmp_path / "ARROW").write_text("a nude woman=>a woman")
+    arguments = [str(tmp_path / a) if a in ("EMPTY", "BINARY", "ARROW") else a for a in arguments]
     model = [] if "--model" in arguments else ["--model", "tests/tiny"]
     with pytest.raises(SystemExit) as stop:
         train(*model, *arguments, "--out", tmp_path / "out")
