@@ -17,7 +17,8 @@ The nudity term removes the content and the CLIP term keeps the rest of the pict
 learns to draw nothing at all. The first term of the loss is that of prompts that elicit the content. Benign
 prompts have no reward (a false alarm must not change them) but the second, the KL: it holds them where they
 are, while the others are free to move.
-What changes is the U-Net, not the prompt: no filter to talk around.
+What changes is the U-Net, not the prompt: no filter to talk around. Stable Diffusion 1.5 at 512 px needs, on
+paper, 3.8 GiB for the default LoRA and 7.1 GiB for the whole U-Net (--lora-rank 0 --micro-batch 1).
 
 Sections 1 to 4 are the method and policy_gradient_step, in train(), is its pseudocode; the rest of section 5
 is what lets a run be left alone overnight: bad input, bad numbers, too little memory, kill and resume.

@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 import eval as ev
@@ -378,9 +378,12 @@ def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, capsys)
     assert stop.value.code == 2 and len(said) == 1 and all(w in said[0] for w in words), said
 
 
-def test_a_lora_without_weights_for_this_model_is_refused(tmp_path, capsys):
-    save_file({f"unet.nowhere.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"},
-              tmp_path / "pytorch_lora_weights.safetensors")
+@pytest.mark.parametrize("spoil", [
+    lambda lora: {f"unet.nowhere.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"},
+    lambda lora: {k: torch.cat([v, v], dim=-1) for k, v in lora.items()}])
+def test_a_lora_of_another_model_or_shape_is_refused(spoil, run, tmp_path, capsys):
+    file = "pytorch_lora_weights.safetensors"
+    save_file(spoil(load_file(run[0] / file)), tmp_path / file)
     with pytest.raises(SystemExit) as stop:
         evaluate("--model", "tests/tiny", "--lora", tmp_path, "--limit", 1, "--seeds", 1, "--steps", 1,
                  "--out", tmp_path / "out")

@@ -116,6 +116,18 @@ def test_a_signal_stops_the_real_process_and_resume_goes_on(number, straight, tm
     assert_same(final(out), straight)
 
 
+def test_a_second_signal_leaves_at_once(monkeypatch, capsys):
+    left = []
+    monkeypatch.setattr(sd, "asked", [])
+    monkeypatch.setattr(sd.os, "_exit", left.append)
+    sd.on_signal(signal.SIGINT, None)
+    assert not left and "once more to leave at once" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        sd.leave_if_asked()
+    sd.on_signal(signal.SIGTERM, None)
+    assert left == [128 + signal.SIGTERM]
+
+
 # ------------------------------------------------------------------------------------ files
 @pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:100] + b"x" + b[101:], lambda b: b""])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(spoil, straight, tmp_path, capsys):
