@@ -3,7 +3,7 @@
     python tests/bench.py                                  # the embedded model, on whatever device there is
     python tests/bench.py --sections speed --model sd15    # an SD-1.5-sized model of random weights (CUDA)
     python tests/bench.py --sections target                # ours against a faithful DDPO: an hour on a CPU
-    python tests/bench.py --sections memory                # SD 1.5 at 512 px on paper: no GPU, no download
+    python tests/bench.py --sections memory cost           # SD 1.5 at 512 px on paper: no GPU, no download
     python tests/bench.py --sections sd15 --model DIR      # only write that random pipeline to DIR
 """
 import contextlib
@@ -26,8 +26,10 @@ import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from nudenet import NudeDetector
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -46,8 +48,8 @@ CLIP_15 = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
 class Bench:
     """What to measure."""
 
-    sections: tuple[Literal["speed", "growth", "target", "memory", "sd15"], ...] = (
-        "speed", "growth", "memory")
+    sections: tuple[Literal["speed", "growth", "target", "memory", "cost", "sd15"], ...] = (
+        "speed", "growth", "memory", "cost")
     """sd15 writes a random SD-1.5-sized pipeline to --model and its CLIP to --model/clip"""
     model: str = "tiny"
     """tiny, sd15 (random weights, in memory) or a folder"""
@@ -318,6 +320,33 @@ def memory(bench: Bench) -> list[dict]:
                                    (16, "bf16", False, 4), (16, "fp32", True, 1), (16, "fp32", True, 4),
                                    (0, "bf16", True, 1), (0, "bf16", True, 4), (0, "bf16", True, 1, False),
                                    (16, "bf16", True, 4, True, 256), (16, "bf16", True, 4, True, 768))]
+
+
+def cost(bench: Bench) -> list[dict]:
+    """TFLOP of the default run on SD 1.5 at 512 px, counted with fake tensors, and hours at a given rate."""
+    args = sd.Args()
+
+    def tflop(function) -> float:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops() / 1e12
+
+    # fake modules cannot be converted, and need not be
+    with FakeTensorMode(), mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+        unet = UNet2DConditionModel(**UNET_15).requires_grad_(False)
+        sd.make_trainable(unet, args.lora_rank)
+        unet.enable_gradient_checkpointing()
+        x, t, context = torch.randn(2, 4, 64, 64), torch.ones(2), torch.randn(2, 77, 768)  # 2: guidance
+        with torch.no_grad():
+            sample = tflop(lambda: unet(x, t, context))
+            decode = tflop(lambda: AutoencoderKL(**VAE_15).decode(torch.randn(1, 4, 64, 64)))
+        learn = tflop(lambda: unet(x, t, context).sample.square().mean().backward())
+    rewarded, held = args.prompts_per_step * args.group_size, args.held_per_step
+    step = dict(rollout=(rewarded + held) * args.denoise_steps * sample, decode=(rewarded + held) * decode,
+                update=args.train_timesteps * ((rewarded + held) * learn + held * sample))
+    total = args.steps * sum(step.values())
+    return [dict(call=sample, call_and_gradient=learn) | step | dict(
+        run=total, **{f"hours at {rate} TFLOP/s": total / rate / 3600 for rate in (20, 50, 200)})]
 
 
 # ------------------------------------------------------------------------------------ time to target
