@@ -129,7 +129,10 @@ class Args:
     updates_per_step: int = 1
     """optimizer updates a rollout; the trained timesteps are dealt out among them"""
     learning_rate: float = 3e-4
-    """AdamW learning rate, constant; this one suits a LoRA, the whole U-Net wants about 1e-5"""
+    """AdamW learning rate of the first step; this one suits a LoRA, the whole U-Net wants about 1e-5"""
+    decay_steps: int = 100
+    """the learning rate falls as 1 / sqrt(1 + step / this): once little is left to remove, a constant one only
+    jitters. It does not depend on --steps, which may grow"""
     clip_range: float = 1e-4
     """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
@@ -163,8 +166,8 @@ TINY = dict(  # what differs for the embedded model: another concept, 64 px, min
     steps=16, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
     denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=4, held_per_step=16,
-    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=4e-3, clip_range=1.5e-3, kl_weight=3.0,
-    clip_weight=0.5, lora_rank=8, gradient_checkpointing=False, precision="fp32")
+    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=5, clip_range=1.5e-3,
+    kl_weight=3.0, clip_weight=0.5, lora_rank=8, gradient_checkpointing=False, precision="fp32")
 
 
 def fail(message: str, code=2):
@@ -962,6 +965,8 @@ def train(args: Args):
         clock.append(time.perf_counter())
 
         # The last step is never trained: its sigma is so small (0.02) that a log-prob is mostly rounding.
+        rate = args.learning_rate / math.sqrt(1 + step / args.decay_steps)
+        optimizer.param_groups[0]["lr"] = rate
         rng = generator(args.seed, "timesteps", step)
         ends = [trainable(args)] * rewarded + [args.denoise_steps - 1] * len(held)
         steps = torch.stack([torch.randperm(end, generator=rng)[:args.train_timesteps] for end in ends])
@@ -981,7 +986,7 @@ def train(args: Args):
             step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
             nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
             clip_score=clip_score.mean().item(),
-            groups_without_signal=(advantages == 0).all(dim=1).sum().item(), **learned, lr=args.learning_rate,
+            groups_without_signal=(advantages == 0).all(dim=1).sum().item(), **learned, lr=rate,
             seconds_rollout=clock[1] - clock[0], seconds_reward=clock[2] - clock[1],
             seconds_update=clock[3] - clock[2], peak_memory_mb=memory / 2**20)
 
