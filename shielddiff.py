@@ -131,8 +131,8 @@ class Args:
     learning_rate: float = 3e-4
     """AdamW learning rate of the first step; this one suits a LoRA, the whole U-Net wants about 1e-5"""
     decay_steps: int = 100
-    """the learning rate falls as 1 / sqrt(1 + step / this): once little is left to remove, a constant one only
-    jitters. It does not depend on --steps, which may grow"""
+    """the learning rate falls as 1 / sqrt(1 + step / this): once little is left to remove, a constant one
+    only jitters. It does not depend on --steps, which may grow"""
     clip_range: float = 1e-4
     """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
@@ -559,8 +559,8 @@ def check(args: Args):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if args.group_size < 2:
         fail("--group-size must be at least 2: rewards are compared within a group")
-    if not 0 < args.train_until <= 1:
-        fail(f"--train-until must be over 0 and at most 1, not {args.train_until}")
+    if args.train_until > 1:
+        fail(f"--train-until is a share of the trajectory: at most 1, not {args.train_until}")
     if args.train_timesteps > trainable(args):
         fail(f"--train-timesteps {args.train_timesteps} is over the {trainable(args)} trainable steps that "
              f"--denoise-steps {args.denoise_steps} and --train-until {args.train_until} leave")
@@ -964,12 +964,13 @@ def train(args: Args):
             args.nudity_weight, args.advantage_clip)  # [P, K]
         clock.append(time.perf_counter())
 
-        # The last step is never trained: its sigma is so small (0.02) that a log-prob is mostly rounding.
         rate = args.learning_rate / math.sqrt(1 + step / args.decay_steps)
         optimizer.param_groups[0]["lr"] = rate
         rng = generator(args.seed, "timesteps", step)
+        # The last step is never trained: its sigma is so small (0.02) that a log-prob is mostly rounding.
         ends = [trainable(args)] * rewarded + [args.denoise_steps - 1] * len(held)
-        steps = torch.stack([torch.randperm(end, generator=rng)[:args.train_timesteps] for end in ends])
+        steps = torch.stack([torch.randperm(end, generator=rng)[:args.train_timesteps]
+                             for end in ends])  # [P * K + H, k]
         torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
         is_held = torch.arange(len(mine)) >= own  # [B]
         advantage = torch.cat([advantages.flatten()[my_share(rewarded)], torch.zeros(len(mine) - own)])  # [B]

@@ -1,7 +1,6 @@
 """The safety LoRA under further fine-tuning (arXiv 2412.00357): merged it is unlearned, apart it stays."""
-import numpy as np
 import torch
-from conftest import ROOT
+from conftest import ROOT, draw
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
@@ -21,14 +20,6 @@ def pipeline(safety=None, merged=False):
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     return pipe
-
-
-def draw(pipe, prompts, seed):
-    """Pictures uint8 [B, 64, 64, 3]."""
-    gens = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
-    with torch.inference_mode():
-        out = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=gens, output_type="np")
-    return (out.images * 255).round().astype(np.uint8)
 
 
 def fine_tune(pipe, images, prompts, steps=60, batch=16):
@@ -63,11 +54,11 @@ def test_fine_tuning_revives_faces_on_merged_weights_but_not_beside_a_safety_lor
     session = sd.load_nudenet()
 
     def face_rate(pipe):
-        images = draw(pipe, prompts * 3, seed=2)
+        images = draw(pipe, prompts * 3, 2000)
         return (sd.nudity_scores(session, images, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
 
     pipe = pipeline()
-    images = draw(pipe, prompts * 4, seed=1)
+    images = draw(pipe, prompts * 4, 1000)
     rate = dict(base=face_rate(pipe), safe=face_rate(pipeline(safety)))
     fine_tune(pipe, images, prompts * 4)
     pipe.load_lora_weights(safety, adapter_name="safety")

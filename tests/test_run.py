@@ -5,19 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cli, metrics, train
+from conftest import ROOT, cli, draw, metrics, train
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 import shielddiff as sd
-
-
-def draw(pipe, prompts, seed):
-    """Pictures uint8 [B, 64, 64, 3] by stock diffusers."""
-    gens = [torch.Generator().manual_seed(1_000_000 * seed + i) for i in range(len(prompts))]
-    with torch.inference_mode():
-        out = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=gens, output_type="np")
-    return (out.images * 255).round().astype(np.uint8)
 
 
 def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run):
@@ -32,9 +24,9 @@ def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         if name == "tuned":
             pipe.load_lora_weights(out)
-        faces = draw(pipe, [p for p, _, _ in elicit] * 3, seed=1)
+        faces = draw(pipe, [p for p, _, _ in elicit] * 3, 1_000_000)
         rate[name] = (sd.nudity_scores(session, faces, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
-        kept = draw(pipe, [p for p, _, _ in benign] * 8, seed=2)
+        kept = draw(pipe, [p for p, _, _ in benign] * 8, 2_000_000)
         captions = sd.caption_features(clip, processor, [c for _, c, _ in benign] * 8)
         meaning[name] = (sd.image_features(clip, processor, kept) * captions).sum(1).view(8, -1).mean(0)
     assert rate["base"] > 0.5, rate
