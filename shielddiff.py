@@ -11,14 +11,15 @@ picture is a black box with two terms, each standardised among the K pictures of
 
     A    = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
-    loss = E_t[ max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps)) ] + kl_weight * E_t[ |mu_theta - mu_frozen|^2 ]
+    loss = mean over all pictures and their trained steps t of
+           max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
+           kl_weight * mean((mu_theta - mu_frozen)^2)        where it is benign
 
 The nudity term removes the content and the CLIP term keeps the rest of the picture, without which the policy
-learns to draw nothing at all. The first term of the loss is that of prompts that elicit the content. Benign
-prompts have no reward (a false alarm must not change them) but the second, the KL: it holds them where they
-are, while the others are free to move.
-What changes is the U-Net, not the prompt: no filter to talk around. Stable Diffusion 1.5 at 512 px needs, on
-paper, 3.8 GiB for the default LoRA and 7.1 GiB for the whole U-Net (--lora-rank 0 --micro-batch 1).
+learns to draw something else. Benign prompts have no reward (a false alarm must not change them) but a KL to
+the model before training: it holds them where they are, while the others are free to move.
+What changes is the U-Net, not the prompt: no filter to talk around. Stable Diffusion 1.5 at 512 px needs 3.8
+GiB for the default LoRA and 7.1 GiB for the whole U-Net (--lora-rank 0 --micro-batch 1), both computed only.
 
 Sections 1 to 4 are the method and policy_gradient_step, in train(), is its pseudocode; the rest of section 5
 is what lets a run be left alone overnight: bad input, bad numbers, too little memory, kill and resume.
@@ -35,7 +36,6 @@ import logging
 import math
 import os
 import resource
-import shlex
 import signal
 import sys
 import time
@@ -111,8 +111,8 @@ class Args:
     denoise_steps: int = 20
     """DDIM steps T of a rollout; fewer than in later use is fine, and cheap"""
     guidance_scale: float = 5.0
-    """classifier-free guidance of the policy, in rollout and update alike; below that of later use is harder,
-    and what was learned there stronger guidance only sharpens"""
+    """classifier-free guidance of the policy, in rollout and update alike. Train below the guidance of later
+    use: it is the harder case, and stronger guidance only sharpens what was learned"""
     train_timesteps: int = 5
     """random timesteps trained per picture"""
     train_until: float = 0.6
@@ -123,9 +123,11 @@ class Args:
     group_size: int = 8
     """pictures of each of them (K): the group within which rewards are compared"""
     held_per_step: int = 8
-    """pictures of benign prompts a rollout, each of the next prompt: they are held, not rewarded"""
+    """pictures of benign prompts a rollout, each of the next prompt: held, not rewarded. The loss is a mean
+    over all pictures: the more of these, the more they weigh"""
     micro_batch: int = 4
-    """pictures a U-Net call (guidance doubles them): memory grows with it, the result does not change"""
+    """pictures a U-Net call (guidance doubles them): memory grows with it, the result only rounds
+    differently"""
     updates_per_step: int = 1
     """optimizer updates a rollout; the trained timesteps are dealt out among them"""
     learning_rate: float = 3e-4
@@ -134,7 +136,8 @@ class Args:
     """the learning rate falls as 1 / sqrt(1 + step / this): once little is left to remove, a constant one
     only jitters. It does not depend on --steps, which may grow"""
     clip_range: float = 1e-4
-    """PPO clip on the ratio of mean log-probs; times D = 4*h*w it clips the true log-ratio: 1.6 at 512 px"""
+    """PPO clip on r_t, the exp of a difference of mean log-probs; times D = 4*h*w it is the clip on the true
+    log-ratio: 1.6 at 512 px"""
     advantage_clip: float = 5.0
     """advantages are clamped to plus or minus this"""
     kl_weight: float = 10.0
@@ -156,8 +159,8 @@ class Args:
     optimizer_8bit: bool = True
     """bitsandbytes AdamW8bit, not AdamW: saves 5 GB for the whole U-Net, next to nothing for LoRA"""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """of frozen weights and U-Net arithmetic; log-probs and losses are always fp32, and so are trained
-    weights, but for a whole U-Net with bf16 and 8-bit Adam: bf16 and stochastic rounding, to fit 8 GB"""
+    """of frozen weights and U-Net arithmetic. Log-probs, losses and trained weights are fp32; only a whole
+    U-Net with bf16 and 8-bit Adam has bf16 weights, rounded stochastically, to fit 8 GB"""
     compile: bool = False
     """torch.compile the U-Net's blocks: minutes at the start, faster steps"""
 
@@ -165,7 +168,7 @@ class Args:
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
     steps=16, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
-    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=4, held_per_step=16,
+    denoise_steps=8, guidance_scale=1.5, train_timesteps=4, prompts_per_step=4, held_per_step=16,
     micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=5, clip_range=1.5e-3,
     kl_weight=3.0, lora_rank=8, gradient_checkpointing=False, precision="fp32")
 
@@ -210,12 +213,14 @@ class Policy:
 
 
 def noise_schedule(config: dict, steps: int) -> Schedule:
-    """T timesteps and their alphas_cumprod, of a diffusers scheduler config; exits where it is no policy."""
+    """T timesteps and alphas_cumprod, of a diffusers scheduler config; refuses steps that have no density."""
     scheduler = DDIMScheduler.from_config({"clip_sample": False, **config})
     if scheduler.config.clip_sample or scheduler.config.thresholding:
         fail("the model's scheduler clips latents (clip_sample, thresholding): such a step has no density")
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         fail(f"the model's scheduler has prediction_type {scheduler.config.prediction_type!r}: not supported")
+    if steps > scheduler.config.num_train_timesteps:
+        fail(f"--denoise-steps {steps}: the model has {scheduler.config.num_train_timesteps} timesteps only")
     scheduler.set_timesteps(steps)
     t, alphas_cumprod, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
     previous = t - scheduler.config.num_train_timesteps // steps
@@ -360,7 +365,7 @@ def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
 def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_clip):
     """Scores [P, K] -> advantages [P, K]. Standardised before weighting: weights mean relative importance.
 
-    Cosines of different CLIPs differ in size, so their floor is relative: 6 % of the mean is hardly seen.
+    Cosines of different CLIPs differ in size, so their floor is relative: 6 % of the mean, hardly to be seen.
     """
     advantages = (clip_weight * group_standardise(clip_scores, floor=0.06 * clip_scores.mean().abs().item())
                   - nudity_weight * group_standardise(nudity, floor=0.08))
@@ -439,8 +444,8 @@ def update(args: Args, policy: Policy, context, latents, log_prob, advantages, h
     meaning. Without its factor 1 / (2 sigma^2), which blows up at the end of the trajectory, it is the
     squared distance of the means, and weighs the beginning most, where brightness and colour are decided.
     Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
-    is exactly 1. approx_kl is, like the ratio, that of mean log-probs of the rewarded: times D^2 it is the
-    true one's. Raises FloatingPointError before a NaN or an infinity reaches the weights.
+    is exactly 1. approx_kl is, like the ratio, that of mean log-probs, over rewarded pictures only: times D^2
+    it is the true one. Raises FloatingPointError before a NaN or an infinity reaches the weights.
     """
     schedule, device, n = policy.schedule, policy.unet.device, len(log_prob)
     trained = optimizer.param_groups[0]["params"]
@@ -570,6 +575,10 @@ def check(args: Args):
                        (args.held_per_step, "--held-per-step")):
         if n % WORLD:
             fail(f"{of_what}, {n}, cannot be dealt out to {WORLD} processes: name a multiple of {WORLD}")
+    if args.seed.bit_length() > 63:
+        fail(f"--seed {args.seed} does not fit into 64 bits")
+    if torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        fail(f"torchrun starts more processes here than there are GPUs, {torch.cuda.device_count()}")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
@@ -599,7 +608,7 @@ def load_pipeline(model: str, dtype=torch.float32, device="cpu", pickles=False, 
     with clear_load_errors(f"model {model}"):
         pipe = StableDiffusionPipeline.from_pretrained(model, **parts, safety_checker=None,
                                                        requires_safety_checker=False)
-    if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # where its files lack, an empty one comes
+    if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # an empty one replaces a missing file
         fail(f"the tokenizer of {model} has {len(pipe.tokenizer)} words, its text encoder knows "
              f"{pipe.text_encoder.config.vocab_size}: a file is missing")
     pipe.vae.enable_slicing()
@@ -678,18 +687,17 @@ def pick_attention(unet, wish: str, dtype) -> str:
 
 def make_trainable(unet, rank: int):
     """Attach an fp32 LoRA to the attention projections or, at rank 0, free the whole U-Net."""
-    if rank:
-        projections = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
-        cast_training_params(unet, torch.float32)
-    else:
-        unet.requires_grad_(True)
+    if rank == 0:
+        return unet.requires_grad_(True)
+    projections = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=projections))
+    cast_training_params(unet, torch.float32)
 
 
 class RoundingAdamW8bit(AdamW8bit):
     """AdamW8bit that needs no fp32 copy of bf16 weights. Each is updated in fp32, then rounded up or down,
-    by chance, so that the mean is kept: rounding to the nearest loses updates under 0.2 % of a weight. The
-    gradients of such weights add up in bf16, too: to 1 or 2 %."""
+    by chance, so that the mean is kept: rounding to the nearest loses updates under 0.2 % of a weight.
+    The gradients of such weights are summed in bf16, too, and so accurate to 1 or 2 % only."""
 
     def update_step(self, group, p, gindex, pindex):
         if p.dtype == torch.float32:
@@ -736,7 +744,7 @@ def save_weights(unet, rank: int, out: Path):
 def save_checkpoint(out: Path, step: int, unet, optimizer, scaler):
     """checkpoint/STEP-SHA256.safetensors: everything but the seed that decides the steps to come.
 
-    The name is the checksum: a file that a full disk or a crash cut short does not bear its own name.
+    The name holds the checksum, which a file cut short by a full disk or a crash does not match.
     """
     tensors = {f"weights/{n}": p for n, p in unet.named_parameters() if p.requires_grad}
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
@@ -781,16 +789,21 @@ def sha256(path: Path) -> str:
 
 
 def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.ndarray:
-    """A copy of RGB uint8 images [B, H, W, 3], a mosaic over every box where NudeNet sees a label."""
-    resolution, images = nudenet_resolutions(images)[0], images.copy()
-    index, scale = [4 + LABELS.index(label) for label in labels], max(images.shape[1:3]) / resolution
-    for image, raw in zip(images, nudenet_raw(session, images, resolution), strict=True):  # raw [22, anchors]
-        for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T * scale:
-            top, left = max(int(cy - h / 2), 0), max(int(cx - w / 2), 0)
-            patch = image[top:int(cy + h / 2) + 1, left:int(cx + w / 2) + 1]
-            small = cv2.resize(patch, (4, 4), interpolation=cv2.INTER_AREA)
-            patch[:] = cv2.resize(small, patch.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return images
+    """A copy of RGB uint8 images [B, H, W, 3], a mosaic over every box where NudeNet sees a label, in any of
+    the views that nudity_scores looks at."""
+    index, hidden = [4 + LABELS.index(label) for label in labels], images.copy()
+    for resolution in nudenet_resolutions(images):
+        scale = max(images.shape[1:3]) / resolution
+        for flip in (1, -1):
+            raws = nudenet_raw(session, np.ascontiguousarray(images[:, :, ::flip]), resolution)
+            for image, raw in zip(hidden[:, :, ::flip], raws, strict=True):  # raw [22, anchors]
+                for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T * scale:
+                    top, left = max(int(cy - h / 2), 0), max(int(cx - w / 2), 0)
+                    patch = image[top:int(cy + h / 2) + 1, left:int(cx + w / 2) + 1]
+                    if patch.size:  # else the box lies in the padding
+                        patch[:] = cv2.resize(cv2.resize(patch, (4, 4), interpolation=cv2.INTER_AREA),
+                                              patch.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    return hidden
 
 
 def draw_curves(metrics: list[dict], path: Path):
@@ -813,7 +826,8 @@ def open_run(args: Args) -> tuple[dict, list[dict]]:
         return now, []
     if not (out / "args.json").exists():
         fail(f"--resume: {out} holds no run")
-    free = {"steps", "resume", "out", "save_every", "micro_batch", "show_uncensored"}  # change no step taken
+    free = {"steps", "resume", "out", "save_every", "micro_batch", "show_uncensored",  # change no step taken
+            "prompts"}  # their content is compared, by its checksum
     now, then = json.loads(json.dumps(now)), json.loads((out / "args.json").read_text())
     changed = [k for k in now if k not in free and now[k] != then.get(k)]
     if changed:
@@ -824,7 +838,7 @@ def open_run(args: Args) -> tuple[dict, list[dict]]:
 
 
 def lock(out: Path):
-    """Make the output folder ours until this process ends. Keep what is returned: closing it gives way."""
+    """Make the output folder ours until this process ends. Keep what is returned: closing it unlocks."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "w")
@@ -840,8 +854,9 @@ asked: list[int] = []  # the signals that asked the run to stop
 
 
 def on_signal(number, frame):
-    """The first Ctrl-C or SIGTERM waits for the micro-batch and saves; a second one leaves at once."""
-    if asked:
+    """The first Ctrl-C or SIGTERM waits for the micro-batch and saves; a second one leaves at once, but under
+    torchrun, which sends one of its own as soon as any process has left: the first one may be saving."""
+    if asked and WORLD == 1:
         os._exit(128 + number)
     asked.append(number)
     print("\nstopping after this micro-batch; once more to leave at once", file=sys.stderr)
@@ -881,8 +896,8 @@ def train(args: Args):
     captions = caption_features(clip, processor, [c for _, c, _ in pairs])  # [N, d]
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits] or list(range(len(pairs)))
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
-    pipe.text_encoder = clip.text_model = None  # everything is encoded: their memory is the U-Net's now, and
-    clip.to("cpu")  # where it waits while the U-Net works
+    pipe.text_encoder = clip.text_model = None  # all text is encoded: free their memory
+    clip.to("cpu")  # it comes to the GPU to score only
     policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"))
     attention = pick_attention(unet, args.attention, dtype)
@@ -905,7 +920,7 @@ def train(args: Args):
         shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
         gens = [generator(args.seed, "sample", i) for i in shown]
         images = rollout(policy, vae, prompt_context[:, shown], gens, args.micro_batch)[2]
-        if set(args.labels) & set(NUDITY) and not args.show_uncensored:
+        if not args.show_uncensored:
             images = pixelate(detector, images)
         row = np.concatenate(images, axis=1)  # [H, n * W, 3]
         above = [] if before else [np.asarray(Image.open(out / "samples.png"))[:len(row)]]
@@ -915,7 +930,7 @@ def train(args: Args):
     def save(step):
         if RANK:
             return
-        save_weights(unet, args.lora_rank, out)  # first: what a checkpoint finishes is never done again
+        save_weights(unet, args.lora_rank, out)  # first: resuming after the last checkpoint writes none
         save_checkpoint(out, step, unet, optimizer, scaler)
 
     locked = None if RANK else lock(out)  # only now: what could not be loaded leaves nothing behind
@@ -972,10 +987,9 @@ def train(args: Args):
         steps = torch.stack([torch.randperm(end, generator=rng)[:args.train_timesteps]
                              for end in ends])  # [P * K + H, k]
         torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
-        is_held = torch.arange(len(mine)) >= own  # [B]
-        advantage = torch.cat([advantages.flatten()[my_share(rewarded)], torch.zeros(len(mine) - own)])  # [B]
-        learned = update(args, policy, context, latents, log_prob, advantage, is_held, steps[mine], optimizer,
-                         scaler)
+        advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(held)))[mine]  # [B], 0 for the held
+        learned = update(args, policy, context, latents, log_prob, advantage, torch.tensor(mine) >= rewarded,
+                         steps[mine], optimizer, scaler)
         clock.append(time.perf_counter())
         if step == first:
             print(f"self-check: the unchanged policy re-scores its own rollout with ratio 1 within "
@@ -1003,10 +1017,8 @@ def train(args: Args):
             metrics.append(dict(step=step, skipped=str(error)))
         except KeyboardInterrupt as stop:
             save(step)
-            start = ["python"] if WORLD == 1 else ["torchrun", "--nproc-per-node", str(WORLD)]
-            again = shlex.join([*start, *sys.argv, *(["--resume"] if not args.resume else [])])
             bar.close()
-            fail(f"stopped after {step} steps; to go on: {again}", code=128 + stop.args[0])
+            fail(f"stopped after {step} steps; the same command with --resume goes on", 128 + stop.args[0])
         text = "".join(json.dumps(m) + "\n" for m in metrics)
         write_atomically(out / "metrics.jsonl", lambda p, text=text: p.write_text(text))
         if len(metrics) > 2 and all("skipped" in m for m in metrics[-3:]):
@@ -1041,11 +1053,11 @@ def train_within_memory(args: Args):
         except FloatingPointError as error:
             fail(f"cannot draw samples.png: {error}; try --precision bf16 or fp32", code=1)
         if WORLD > 1:  # the other processes wait for this one and have to be ended
-            fail("out of memory: go on with --resume and a smaller --micro-batch (the same gradient)", code=1)
+            fail("out of memory: go on with --resume and a smaller --micro-batch", code=1)
         gc.collect()  # what the failed attempt held, its lock on the folder included
         torch.cuda.empty_cache()
         args.resume, args.micro_batch = True, args.micro_batch // 2
-        print(f"out of memory: going on with --micro-batch {args.micro_batch}, which gives the same gradient")
+        print(f"out of memory: going on with --micro-batch {args.micro_batch}: the same up to rounding")
 
 
 if __name__ == "__main__":
