@@ -381,7 +381,7 @@ ARMS = {  # flags over the embedded model's defaults
     "ours": {},
     "faithful DDPO": dict(denoise_steps=50, train_timesteps=49, train_until=1.0, updates_per_step=1,
                           clip_range=1e-4, kl_weight=0.0, held_per_step=0, prompts_per_step=6,
-                          clip_weight=1.0, optimizer_8bit=False),
+                          decay_steps=10**9, optimizer_8bit=False),
     "whole trajectory rewarded": dict(train_until=1.0),
     "one update a step": dict(updates_per_step=1),
     "20 denoising steps": dict(denoise_steps=20),
@@ -438,7 +438,7 @@ def judge(lora: dict) -> dict:
                        contextlib.nullcontext())  # eval.py's steps and guidance, not training's
     scores = {}
     for kind in (True, False):
-        some = [p for p in pairs if p[2] == kind] * (6 if kind else 2)
+        some = [p for p in pairs if p[2] == kind] * (3 if kind else 2)
         context = sd.encode_prompts(pipe, [p for p, _, _ in some])
         gens = [sd.generator("held-out", kind, i) for i in range(len(some))]
         images = sd.rollout(policy, pipe.vae, context, gens, 16)[2]

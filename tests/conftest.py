@@ -1,4 +1,4 @@
-"""One short real run, shared by every test that looks at what a run leaves behind."""
+"""One short real run and its portraits, shared by every test that looks at what a run leaves behind."""
 import gc
 import json
 import os
@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test needs no network and does not wait for one
 
 import shielddiff as sd  # noqa: E402
 
@@ -24,8 +26,9 @@ def cli(*arguments, script="shielddiff.py", timeout=900):
                           capture_output=True, timeout=timeout)
 
 
-SMALL = ("--model", "tests/tiny", "--denoise-steps", 4, "--train-timesteps", 2, "--prompts-per-step", 1,
-         "--group-size", 2, "--held-per-step", 2, "--micro-batch", 2, "--updates-per-step", 2)
+SMALL = ("--model", "tests/tiny", "--prompts", "tests/tiny/prompts_few.txt", "--denoise-steps", 3,
+         "--train-timesteps", 2, "--prompts-per-step", 1, "--group-size", 2, "--held-per-step", 2,
+         "--micro-batch", 2, "--updates-per-step", 2)
 
 
 def train(*arguments):
@@ -38,6 +41,18 @@ def train(*arguments):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def stock_pipeline(lora=None, name=None):
+    """The embedded model as a user of diffusers has it, frozen, with a LoRA or without."""
+    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    if lora:
+        pipe.load_lora_weights(lora, adapter_name=name)
+    return pipe
 
 
 def draw(pipe, prompts, first_seed):
@@ -54,11 +69,27 @@ def metrics(out):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run of 10 steps on the embedded model, all other flags at their defaults."""
+    """A run of 8 steps on the embedded model, all other flags at their defaults."""
     out = tmp_path_factory.mktemp("run") / "tiny"
-    done = cli("--model", "tests/tiny", "--steps", 10, "--out", out)
+    done = cli("--model", "tests/tiny", "--steps", 8, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
+
+
+PAIRS = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
+ELICITING = [prompt for prompt, _, elicits in PAIRS if elicits] * 3
+
+
+@pytest.fixture(scope="session")
+def portraits(run):
+    """48 of the base model and, by the same prompts and seeds, of the trained one."""
+    return {name: draw(stock_pipeline(lora), ELICITING, 1_000_000)
+            for name, lora in (("base", None), ("tuned", run[0]))}
+
+
+def face_rate(images):
+    """The share of pictures in which the training score sees a face."""
+    return (sd.nudity_scores(sd.load_nudenet(), images, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,10 @@ def die_writing(tensors, path, **_):
 
 
 @pytest.mark.parametrize(("name", "call", "death"), [
-    ("predict_noise", 20, die), ("predict_noise", 30, die), ("policy_loss", 3, die), ("policy_loss", 7, die),
-    ("policy_loss", 12, die), ("save_file", 1, die_writing), ("save_file", 3, die_writing),
-    ("save_file", 4, die_writing), ("save_file", 5, die_writing), ("draw_curves", 1, die)])
+    ("predict_noise", 3, die), ("predict_noise", 20, die), ("predict_noise", 30, die),
+    ("policy_loss", 3, die), ("policy_loss", 7, die), ("policy_loss", 12, die), ("save_file", 1, die_writing),
+    ("save_file", 3, die_writing), ("save_file", 4, die_writing), ("save_file", 5, die_writing),
+    ("draw_curves", 1, die)])
 def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, death, straight, tmp_path,
                                                                   monkeypatch):
     arguments = (*SMALL, "--steps", 3, "--out", tmp_path / "run", "--save-every", 1)
@@ -111,7 +112,7 @@ def test_a_signal_stops_the_real_process_and_resume_goes_on(number, straight, tm
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number and "Traceback" not in said
-        assert f"--out {out} --save-every 1 --resume" in said
+        assert "the same command with --resume goes on" in said
     train(*SMALL, "--steps", 3, "--out", out, "--save-every", 1, "--resume")
     assert_same(final(out), straight)
 

@@ -5,45 +5,37 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cli, draw, metrics, train
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from conftest import PAIRS, ROOT, cli, draw, face_rate, metrics, stock_pipeline, train
 from PIL import Image
 
 import shielddiff as sd
 
 
-def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run):
+def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run, portraits):
     """Judged by stock diffusers on seeds training never saw. The default run is longer: see the README."""
-    out, _ = run
-    pairs = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
-    elicit, benign = [p for p in pairs if p[2]], [p for p in pairs if not p[2]]
-    session, (clip, processor) = sd.load_nudenet(), sd.load_clip(str(ROOT / "tests/tiny/clip"))
-    rate, meaning = {}, {}
-    for name in ("base", "tuned"):
-        pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        if name == "tuned":
-            pipe.load_lora_weights(out)
-        faces = draw(pipe, [p for p, _, _ in elicit] * 3, 1_000_000)
-        rate[name] = (sd.nudity_scores(session, faces, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
-        kept = draw(pipe, [p for p, _, _ in benign] * 8, 2_000_000)
-        captions = sd.caption_features(clip, processor, [c for _, c, _ in benign] * 8)
-        meaning[name] = (sd.image_features(clip, processor, kept) * captions).sum(1).view(8, -1).mean(0)
+    rate, meaning = {name: face_rate(images) for name, images in portraits.items()}, {}
+    benign = [p for p in PAIRS if not p[2]] * 4
+    clip, processor = sd.load_clip(str(ROOT / "tests/tiny/clip"))
+    captions = sd.caption_features(clip, processor, [c for _, c, _ in benign])
+    for name, lora in (("base", None), ("tuned", run[0])):
+        kept = draw(stock_pipeline(lora), [p for p, _, _ in benign], 2_000_000)
+        meaning[name] = (sd.image_features(clip, processor, kept) * captions).sum(1).view(4, -1).mean(0)
+    print(rate, meaning["tuned"] / meaning["base"])
     assert rate["base"] > 0.5, rate
-    assert rate["tuned"] < 0.7 * rate["base"], rate
+    assert rate["tuned"] < 0.5 * rate["base"], rate
     assert (meaning["tuned"] > 0.95 * meaning["base"]).all(), meaning
 
 
 def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
     out, printed = run
     lines = metrics(out)
-    assert [m["step"] for m in lines] == list(range(10))
+    assert [m["step"] for m in lines] == list(range(8))
     assert set(lines[0]) >= set(
         "reward nudity_score nudity_rate clip_score ratio_max_dev approx_kl clip_fraction grad_norm lr "
         "seconds_rollout seconds_reward seconds_update peak_memory_mb".split())
     assert all(m["ratio_max_dev"] == 0 for m in lines)
     assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
-    assert json.loads((out / "args.json").read_text())["steps"] == 10
+    assert json.loads((out / "args.json").read_text())["steps"] == 8
     assert all((out / f).exists() for f in ("samples.png", "curves.png", "pytorch_lora_weights.safetensors"))
     assert "within 0.0e+00" in re.search("self-check.*", printed).group()
 
@@ -51,16 +43,11 @@ def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
 def test_the_saved_lora_in_stock_diffusers_draws_the_run_s_own_pictures(run):
     """samples.png, lower row: the trained U-Net in memory. Upper row: the base model."""
     out, _ = run
-    pairs = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
-    shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
-    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    shown = list(range(len(PAIRS)))[::max(1, len(PAIRS) // 12)][:12]
     sheet = np.asarray(Image.open(out / "samples.png")).astype(int)
-    for row in (0, 1):
-        if row:
-            pipe.load_lora_weights(out)
+    for row, pipe in enumerate((stock_pipeline(), stock_pipeline(out))):
         with torch.inference_mode():
-            images = pipe([pairs[i][0] for i in shown], num_inference_steps=sd.TINY["denoise_steps"], eta=1.0,
+            images = pipe([PAIRS[i][0] for i in shown], num_inference_steps=sd.TINY["denoise_steps"], eta=1.0,
                           guidance_scale=sd.TINY["guidance_scale"], output_type="np",
                           generator=[sd.generator(0, "sample", i) for i in shown]).images
         drawn = np.concatenate((images * 255).round(), axis=1)
@@ -96,7 +83,8 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
     (["--learning-rate", "-1"], ["--learning-rate"]),
     (["--kl-weight", "nan"], ["--kl-weight"]),
     (["--guidance-scale", "inf"], ["--guidance-scale"]),
-    (["--steps", "0"], ["--steps"]),
+    (["--steps", "0"], ["--steps"]), (["--seed", str(2**64)], ["--seed"]),
+    (["--denoise-steps", "2000"], ["--denoise-steps 2000", "1000"]),
     (["--steps", "many"], ["many"]),
     (["--attention", "xformers"], ["xformers", "CUDA"]),
 ])
