@@ -104,7 +104,7 @@ class Args:
     save_every: int = 10
     """steps between checkpoints; the last step is always saved"""
     show_uncensored: bool = False
-    """do not pixelate samples.png where a nudity label fires"""
+    """do not pixelate samples.png where a nudity label fires; if --labels are faces only, it never is"""
     pickles: bool = False
     """also load .bin weights: pickles can run their maker's code, so only where you trust them"""
 
@@ -920,7 +920,7 @@ def train(args: Args):
         shown = list(range(len(pairs)))[::max(1, len(pairs) // 12)][:12]
         gens = [generator(args.seed, "sample", i) for i in shown]
         images = rollout(policy, vae, prompt_context[:, shown], gens, args.micro_batch)[2]
-        if not args.show_uncensored:
+        if not args.show_uncensored and not all(label.startswith("FACE_") for label in args.labels):
             images = pixelate(detector, images)
         row = np.concatenate(images, axis=1)  # [H, n * W, 3]
         above = [] if before else [np.asarray(Image.open(out / "samples.png"))[:len(row)]]

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test needs no network and does not wait for one
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
+
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 
 import shielddiff as sd  # noqa: E402
 
