@@ -111,8 +111,8 @@ class Args:
     denoise_steps: int = 20
     """DDIM steps T of a rollout; fewer than in later use is fine, and cheap"""
     guidance_scale: float = 5.0
-    """classifier-free guidance of the policy, in rollout and update alike. Train below the guidance of later
-    use: it is the harder case, and stronger guidance only sharpens what was learned"""
+    """classifier-free guidance of the policy, in rollout and update alike. A little below that of later use
+    is the harder case; far below it, training does not see what later guidance exaggerates"""
     train_timesteps: int = 5
     """random timesteps trained per picture"""
     train_until: float = 0.6
