@@ -130,10 +130,18 @@ def test_a_second_signal_leaves_at_once(monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------ files
-@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:100] + b"x" + b[101:], lambda b: b""])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(spoil, straight, tmp_path, capsys):
-    out = tmp_path / "run"
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two_steps") / "run"
     train(*SMALL, "--steps", 2, "--out", out, "--save-every", 1)
+    return out
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:100] + b"x" + b[101:], lambda b: b""])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(spoil, two_steps, straight, tmp_path,
+                                                                      capsys):
+    out = tmp_path / "run"
+    shutil.copytree(two_steps, out)
     before, newest = sorted(out.glob("checkpoint/*"))
     assert before.name.startswith("000001-") and newest.name.startswith("000002-")
     newest.write_bytes(spoil(newest.read_bytes()))
