@@ -70,9 +70,9 @@ def metrics(out):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run of 6 steps on the embedded model, all other flags at their defaults."""
+    """A run of 8 steps on the embedded model, all other flags at their defaults."""
     out = tmp_path_factory.mktemp("run") / "tiny"
-    done = cli("--model", "tests/tiny", "--steps", 6, "--out", out)
+    done = cli("--model", "tests/tiny", "--steps", 8, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

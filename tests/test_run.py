@@ -29,13 +29,13 @@ def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run, port
 def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
     out, printed = run
     lines = metrics(out)
-    assert [m["step"] for m in lines] == list(range(6))
+    assert [m["step"] for m in lines] == list(range(8))
     assert set(lines[0]) >= set(
         "reward nudity_score nudity_rate clip_score ratio_max_dev approx_kl clip_fraction grad_norm lr "
         "seconds_rollout seconds_reward seconds_update peak_memory_mb".split())
     assert all(m["ratio_max_dev"] == 0 for m in lines)
     assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
-    assert json.loads((out / "args.json").read_text())["steps"] == 6
+    assert json.loads((out / "args.json").read_text())["steps"] == 8
     assert all((out / f).exists() for f in ("samples.png", "curves.png", "pytorch_lora_weights.safetensors"))
     assert "within 0.0e+00" in re.search("self-check.*", printed).group()
 
