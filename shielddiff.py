@@ -336,8 +336,8 @@ def caption_features(clip, processor, captions: Sequence[str]) -> torch.Tensor:
     """Unit CLIP features [N, d] of captions, truncated to CLIP's 77 tokens."""
     tokens = processor.tokenizer(list(captions), padding=True, truncation=True, max_length=77,
                                  return_tensors="pt")
-    hidden = clip.text_model(**tokens.to(clip.device)).pooler_output  # [N, hidden]
-    return torch.nn.functional.normalize(clip.text_projection(hidden).float(), dim=-1)
+    features = clip.get_text_features(**tokens.to(clip.device)).pooler_output  # [N, d]
+    return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
 @torch.no_grad()
@@ -346,8 +346,7 @@ def image_features(clip, processor, images: np.ndarray, chunk: int = 16) -> torc
     features = []
     for i in range(0, len(images), chunk):
         pixels = processor.image_processor(images=list(images[i:i + chunk]), return_tensors="pt").pixel_values
-        hidden = clip.vision_model(pixels.to(clip.device, clip.dtype)).pooler_output  # [b, hidden]
-        features.append(clip.visual_projection(hidden).float())
+        features.append(clip.get_image_features(pixels.to(clip.device, clip.dtype)).pooler_output.float())
     return torch.nn.functional.normalize(torch.cat(features), dim=-1)
 
 
@@ -789,8 +788,8 @@ def sha256(path: Path) -> str:
 
 
 def pixelate(session, images: np.ndarray, labels: Sequence[str] = NUDITY) -> np.ndarray:
-    """A copy of RGB uint8 images [B, H, W, 3], a mosaic over every box where NudeNet sees a label, in any of
-    the views that nudity_scores looks at."""
+    """A copy of RGB uint8 images [B, H, W, 3], a mosaic over every box where NudeNet sees a label in any of
+    nudity_scores' views: what one view misses would be shown."""
     index, hidden = [4 + LABELS.index(label) for label in labels], images.copy()
     for resolution in nudenet_resolutions(images):
         scale = max(images.shape[1:3]) / resolution

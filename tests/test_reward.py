@@ -74,3 +74,21 @@ def test_pixelate_hides_what_nudenet_sees_and_nothing_else(session):
     assert sd.nudity_scores(session, hidden[:1], FACES).item() < sd.FIRES
     assert (hidden[0] != images[0]).any() and (hidden[0, 350:] == images[0, 350:]).all()
     assert np.array_equal(sd.pixelate(session, images, ()), images)
+
+
+def test_pixelate_hides_what_only_the_mirrored_view_shows_and_survives_boxes_in_the_padding(monkeypatch):
+    """The stand-in for NudeNet sees a box, left above, in views whose marked corner is on the right."""
+    pixels = np.random.default_rng(0).integers(1, 255, (1, 64, 64, 3), np.uint8)
+    pixels[0, 0, 0] = 0
+
+    def box(cx):
+        def raw(_, images, r):
+            seen = float(images[0, 0, 0].any())
+            return np.array([[[cx * r], [r / 8], [r / 4], [r / 4], *[[seen]] * 18]])  # [1, 4 + 18, 1 anchor]
+        return raw
+
+    monkeypatch.setattr(sd, "nudenet_raw", box(1 / 8))
+    changed = (sd.pixelate(None, pixels) != pixels).any(axis=(0, 3))  # [H, W]
+    assert changed[:16, 48:].mean() > 0.9 and not changed[:, :47].any() and not changed[17:].any()
+    monkeypatch.setattr(sd, "nudenet_raw", box(7 / 8))
+    assert np.array_equal(sd.pixelate(None, pixels[:, :, :32]), pixels[:, :, :32])
