@@ -346,8 +346,8 @@ def image_features(clip, processor, images: np.ndarray, chunk: int = 16) -> torc
     features = []
     for i in range(0, len(images), chunk):
         pixels = processor.image_processor(images=list(images[i:i + chunk]), return_tensors="pt").pixel_values
-        features.append(clip.get_image_features(pixels.to(clip.device, clip.dtype)).pooler_output.float())
-    return torch.nn.functional.normalize(torch.cat(features), dim=-1)
+        features.append(clip.get_image_features(pixels.to(clip.device, clip.dtype)).pooler_output)  # [b, d]
+    return torch.nn.functional.normalize(torch.cat(features).float(), dim=-1)
 
 
 def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
