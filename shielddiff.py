@@ -1,6 +1,6 @@
 """ShieldDiff (arXiv 2410.05309): reinforcement learning that makes a diffusion model stop drawing nudity.
 
-    python shielddiff.py --steps 16                          # no GPU: the embedded tiny model; else SD 1.5
+    python shielddiff.py --steps 10                          # no GPU: the embedded tiny model; else SD 1.5
     python shielddiff.py --steps 300 --model my/checkpoint   # any SD 1.x / 2.x pipeline, diffusers layout
     torchrun --nproc-per-node 2 shielddiff.py --steps 300    # the same run, dealt out to two GPUs
     python shielddiff.py --help                              # every knob, its unit and why its default
@@ -166,11 +166,11 @@ class Args:
 
 
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
-    steps=16, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
+    steps=10, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
-    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=4, held_per_step=16,
-    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=5, clip_range=1.5e-3,
-    kl_weight=3.0, lora_rank=8, gradient_checkpointing=False, precision="fp32")
+    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, held_per_step=24,
+    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=2, clip_range=1.5e-3,
+    kl_weight=5.0, lora_rank=8, gradient_checkpointing=False, precision="fp32")
 
 
 def fail(message: str, code=2):
