@@ -169,8 +169,8 @@ TINY = dict(  # what differs for the embedded model: another concept, 64 px, min
     steps=10, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
     denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, held_per_step=24,
-    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=2, clip_range=1.5e-3,
-    kl_weight=5.0, lora_rank=8, gradient_checkpointing=False, precision="fp32")
+    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=5, clip_range=1.5e-3,
+    kl_weight=3.0, lora_rank=8, gradient_checkpointing=False, precision="fp32")
 
 
 def fail(message: str, code=2):
