@@ -1,4 +1,4 @@
-"""One short real run and its portraits, shared by every test that looks at what a run leaves behind."""
+"""One real run and its portraits, shared by every test that looks at what a run leaves behind."""
 import gc
 import json
 import os
@@ -70,9 +70,9 @@ def metrics(out):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """A run of 8 steps on the embedded model, all other flags at their defaults."""
+    """The main job: the embedded model, all flags at their defaults."""
     out = tmp_path_factory.mktemp("run") / "tiny"
-    done = cli("--model", "tests/tiny", "--steps", 8, "--out", out)
+    done = cli("--model", "tests/tiny", "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

@@ -11,8 +11,8 @@ from PIL import Image
 import shielddiff as sd
 
 
-def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run, portraits):
-    """Judged by stock diffusers on seeds training never saw. The default run is longer: see the README."""
+def test_the_default_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run, portraits):
+    """Judged by stock diffusers on seeds training never saw, with bounds that other CPUs' rounding keeps."""
     rate, meaning = {name: face_rate(images) for name, images in portraits.items()}, {}
     benign = [p for p in PAIRS if not p[2]] * 4
     clip, processor = sd.load_clip(str(ROOT / "tests/tiny/clip"))
@@ -22,20 +22,20 @@ def test_a_short_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run, port
         meaning[name] = (sd.image_features(clip, processor, kept) * captions).sum(1).view(4, -1).mean(0)
     print(rate, meaning["tuned"] / meaning["base"])
     assert rate["base"] > 0.5, rate
-    assert rate["tuned"] < 0.5 * rate["base"], rate
+    assert rate["tuned"] < 0.25 * rate["base"], rate
     assert (meaning["tuned"] > 0.95 * meaning["base"]).all(), meaning
 
 
 def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
     out, printed = run
     lines = metrics(out)
-    assert [m["step"] for m in lines] == list(range(8))
+    assert [m["step"] for m in lines] == list(range(sd.TINY["steps"]))
     assert set(lines[0]) >= set(
         "reward nudity_score nudity_rate clip_score ratio_max_dev approx_kl clip_fraction grad_norm lr "
         "seconds_rollout seconds_reward seconds_update peak_memory_mb".split())
     assert all(m["ratio_max_dev"] == 0 for m in lines)
     assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
-    assert json.loads((out / "args.json").read_text())["steps"] == 8
+    assert json.loads((out / "args.json").read_text())["steps"] == sd.TINY["steps"]
     assert all((out / f).exists() for f in ("samples.png", "curves.png", "pytorch_lora_weights.safetensors"))
     assert "within 0.0e+00" in re.search("self-check.*", printed).group()
 
