@@ -17,6 +17,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rivals import ring_a_bell, sld
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -159,10 +160,10 @@ def test_any_bytes_are_read_or_refused(tmp_path, content):
 
 
 # ------------------------------------------------------------------------------------ systems and detectors
-@pytest.mark.parametrize("preset", list(ev.SLD))
+@pytest.mark.parametrize("preset", sld.PRESETS)
 def test_safe_latent_diffusion_equals_diffusers_own(preset):
     """Step by step against the guidance of diffusers' (deprecated) StableDiffusionPipelineSafe, 50 steps."""
-    warmup, scale, threshold, momentum_scale, beta = ev.SLD[preset]
+    warmup, scale, threshold, momentum_scale, beta = sld.PRESETS[preset]
     rng = torch.Generator().manual_seed(0)
     outputs = [[torch.randn(2, 4, 4, 4, generator=rng) * 0.02 for _ in range(3)] for _ in range(18)]
 
@@ -171,7 +172,7 @@ def test_safe_latent_diffusion_equals_diffusers_own(preset):
             assert len(sample) == len(encoder_hidden_states) == 2
             return (outputs[t][2],)
 
-    hook, momentum = ev.sld_hook(torch.zeros(1, 77, 8), ev.SLD[preset], 50), None
+    hook, momentum = sld.Guidance(torch.zeros(1, 77, 8), sld.PRESETS[preset], 50), None
     for i, (unconditional, text, concept) in enumerate(outputs):
         ours = hook(Net(), (torch.zeros(4, 4, 4, 4), i), {}, (torch.cat([unconditional, text]),))[0].chunk(2)
         theirs, momentum = StableDiffusionPipelineSafe.perform_safety_guidance(
@@ -181,26 +182,78 @@ def test_safe_latent_diffusion_equals_diffusers_own(preset):
     assert (theirs - (text - unconditional)).abs().max() > 1e-3
 
 
-def test_ring_a_bell_approaches_the_concept_with_words_that_survive_as_text(pipe):
-    args = ev.Args(attack_tokens=6, attack_population=40, attack_strength=3.0)
-    source = ev.Row("an astronaut", "an astronaut", True, 0, 3.0, 64, 64)
+def spec_of(kind="faces", **changes):
+    pairs = [p[:2] for p in sd.read_prompts(f"tests/rivals/pairs_{kind}.txt")]
+    return ev.Spec("a face", pairs, 2, 3.0, 1, len)._replace(**changes)
 
+
+def test_ring_a_bell_approaches_the_concept_with_words_that_survive_as_text(pipe):
     def embed(texts):
         return sd.encode_prompts(pipe, texts)[1]
 
-    with_it, without = zip(*ev.FACE_PAIRS, strict=True)
-    target = embed([source.prompt]) + 3.0 * (embed(with_it) - embed(without)).mean(dim=0)
-    found = []
-    for args.attack_generations in (0, 25, 25):
-        found += ev.ring_a_bell(pipe, args, [source], ev.FACE_PAIRS)
+    spec, source = spec_of(), "an astronaut"
+    with_it, without = zip(*spec.pairs, strict=True)
+    target = embed([source]) + 3.0 * (embed(with_it) - embed(without)).mean(dim=0)
+    found = [ring_a_bell.ring_a_bell(pipe, spec, [source], tokens=6, population=40, generations=n)[0]
+             for n in (0, 25, 25)]
     start, end, again = ((embed([text]) - target).square().mean().item() for text in found)
     assert end < start and found[1] == found[2] and again == end
-    assert len(pipe.tokenizer(found[1]).input_ids) == 8 and not ev.NEVER.search(" ".join(found))
+    assert len(pipe.tokenizer(found[1]).input_ids) == 8 and not ring_a_bell.NEVER.search(" ".join(found))
 
 
 def test_no_word_of_an_attack_can_name_a_minor():
-    assert all(ev.NEVER.search(w) for w in "child children kid girl boy teen baby schoolgirl young".split())
-    assert not any(ev.NEVER.search(a + b) for a, b in ev.NUDITY_PAIRS)
+    never = ring_a_bell.NEVER
+    assert all(never.search(w) for w in "child children kid girl boy teen baby schoolgirl young".split())
+    assert not any(never.search(a + b) for a, b in spec_of("nudity").pairs)
+
+
+OWN = """
+from contextlib import contextmanager
+
+@contextmanager
+def refuses(pipe, spec, stock):
+    def draw(call):
+        images, refused = stock(call)
+        return images, refused | [prompt == "a cat" for prompt in call["prompt"]]
+    yield draw
+
+@contextmanager
+def breaks(pipe, spec, stock):
+    pipe.unet, pipe.scheduler = None, None
+    raise ArithmeticError
+    yield
+
+@contextmanager
+def breaks_while_drawing(pipe, spec, stock):
+    pipe.text_encoder = None
+    yield lambda call: 1 / 0
+"""
+
+
+@pytest.mark.parametrize("name", ["sld-max", "negative-prompt", "breaks", "breaks_while_drawing"])
+def test_a_method_that_raises_leaves_the_pipeline_as_it_was(name, pipe, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    entry = name if name in ev.METHODS else f"own={tmp_path}/own.py:{name}"
+    system, before = ev.list_systems(ev.Args(method=(entry,)))[1], dict(pipe.components)
+    monkeypatch.setattr(ev, "stock_draw", lambda pipe, call: 1 / 0)
+    with pytest.raises(ArithmeticError), ev.switched_on(pipe, system, spec_of()) as draw:
+        draw(dict(prompt=["a"], guidance_scale=3.0))
+    assert dict(pipe.components) == before and not pipe.unet._forward_hooks
+
+
+def test_a_method_of_one_s_own_can_refuse_and_its_refusals_are_black_and_counted(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "p.txt").write_text("an astronaut => an astronaut\na cat\na horse\n")
+    evaluate("--model", "tests/tiny", "--method", f"mine={tmp_path}/own.py:refuses", "--seeds", 2,
+             "--steps", 1, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+    found = records(tmp_path / "out")
+    refused = {key for key, r in found.items() if r["refused"]}
+    assert refused == {("mine", "p", 1, 0), ("mine", "p", 1, 1)}
+    for system, set, i, k in found:
+        image = np.asarray(Image.open(tmp_path / f"out/images/{system}/{set}/{i:05d}-{k}.png"))
+        assert (image.max() == 0) == ((system, set, i, k) in refused)
+    mine = json.loads((tmp_path / "out/report.json").read_text())["sets"]["p"]["mine"]
+    assert mine["benign"]["refused"]["value"] == 0.5 and "refused" not in mine["eliciting"]
 
 
 def test_the_held_out_face_detector_sees_a_real_face_and_not_a_mosaic():
@@ -245,7 +298,7 @@ def command(run, tmp_path_factory):
     (folder / "photos").mkdir()
     Image.fromarray(skimage.data.astronaut()).save(folder / "photos/a.png")
     return ["--model", "tests/tiny", "--lora", f"ShieldDiff={run[0]}", "--unet", "same=tests/tiny",
-            "--defences", "negative-prompt", "--defences", "sld-medium", "--seeds", 2, "--steps", 2,
+            "--method", "negative-prompt", "--method", "sld-medium", "--seeds", 2, "--steps", 2,
             "--prompts", folder / "p.txt", folder / "i2p.csv", "--init-images", folder / "photos",
             "--batch-size", 3, "--attack", "ring-a-bell", "--attack-prompts", 1, "--attack-generations", 2,
             "--attack-population", 8]
@@ -369,6 +422,9 @@ def test_another_protocol_in_the_same_folder_is_refused(command, evaluated, caps
     (["--lora", "a=tests/tiny"], ["--unet"]), (["--unet", "base=tests/tiny"], ["base", "twice"]),
     (["--unet", "../x=tests/tiny"], ["../x"]), (["--init-images", "tests"], ["holds no picture"]),
     (["--reference", "tests"], ["picture"]), (["--prompts", "no/such.csv"], ["no/such.csv"]),
+    (["--method", "sld"], ["--method sld", "sld-weak", "FILE.py:FUNCTION"]),
+    (["--method", "own=no/such.py:f"], ["--method own=no/such.py:f"]),
+    (["--method", "own=tests/conftest.py:no_such"], ["cannot load --method own", "no_such"]),
     (["--model", "no/such"], ["no/such"]), (["--out", "tests"], ["tests", "in use"])])
 def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, capsys):
     model = [] if "--model" in arguments else ["--model", "tests/tiny"]
