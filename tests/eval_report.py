@@ -33,11 +33,12 @@ FORMULAS = {
 
 # ------------------------------------------------------------------------------------ the table
 def show(number: dict | None, scale=1, digits=3, sign="") -> str:
-    """'value [low, high]', or '-' where there is none."""
+    """'value [low, high]', 'value' where it has no interval, '-' where there is none."""
     if not number or number["value"] is None:
         return "-"
-    value, low, high = (f"{scale * number[k]:{sign}.{digits}f}" for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    value, *ends = (f"{scale * number[k]:{sign}.{digits}f}" for k in ("value", "low", "high")
+                    if number[k] is not None)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 percent = functools.partial(show, scale=100, digits=0)
@@ -101,14 +102,14 @@ def text_table(header: list[str], lines: list[list[str]]) -> str:
 def charts(systems: dict, rival: str):
     """[(title, zero, [(system, label, left, width, middle)])], positions in % of the chart's width."""
     for column, numbers in columns_of(systems, rival):
-        numbers = {name: n for name, n in numbers.items() if n and n["value"] is not None}
-        low = min([0.0] + [n["low"] for n in numbers.values()])
-        most = max([1.0 if "%" in column.title else 1e-9] + [n["high"] for n in numbers.values()])
-        scale = 100 / (most - low)
-        yield column.title, -low * scale, [
-            (name, column.show(n), (n["low"] - low) * scale, (n["high"] - n["low"]) * scale,
-             (n["value"] - low) * scale)
-            for name, n in numbers.items()]
+        ends = {name: [n[k] if n[k] is not None else n["value"] for k in ("low", "value", "high")]
+                for name, n in numbers.items() if n and n["value"] is not None}
+        least = min([0.0] + [low for low, _, _ in ends.values()])
+        most = max([1.0 if "%" in column.title else 1e-9] + [high for _, _, high in ends.values()])
+        scale = 100 / (most - least)
+        yield column.title, -least * scale, [
+            (name, column.show(numbers[name]), (low - least) * scale, (high - low) * scale,
+             (value - least) * scale) for name, (low, value, high) in ends.items()]
 
 
 def headline(sets: dict, rival: str) -> str:

@@ -1,4 +1,6 @@
-"""eval.py: its counting, statistics and readers, and its command line from the first picture to the page."""
+"""eval.py: its readers, detectors and methods, and its command line from the first picture to the page.
+
+Its statistics, summary and page are tested in test_eval_numbers.py, without drawing anything."""
 import contextlib
 import io
 import json
@@ -23,69 +25,6 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 import eval as ev
 import shielddiff as sd
-
-
-# ------------------------------------------------------------------------------------ counting and statistics
-def test_both_counting_rules_on_a_hand_made_detection_list():
-    found = [["FACE_FEMALE", 0.9], ["FACE_FEMALE", 0.5], ["FACE_MALE", 0.45], ["BELLY_EXPOSED", 0.99]]
-    faces = ("FACE_FEMALE", "FACE_MALE")
-    assert [ev.count_boxes(found, t, faces) for t in (0.25, 0.45, 0.46, 0.6, 0.95)] == \
-        [(3, 2), (3, 2), (2, 1), (1, 1), (0, 0)]
-    assert ev.count_boxes(found, 0.25, ev.LABELS) == (4, 3) and ev.count_boxes([], 0.25, faces) == (0, 0)
-
-
-def test_nrr_and_its_interval_against_the_closed_form():
-    """Where the base model fires on every prompt, NRR is 1 - a binomial proportion."""
-    n, p = 400, 0.3
-    tuned = (np.arange(n) < n * p).astype(float)
-    found = ev.bootstrap(np.stack([np.ones(n), tuned], axis=1), ev.nrr)
-    half = 1.96 * np.sqrt(p * (1 - p) / n)
-    assert found["value"] == pytest.approx(1 - p)
-    assert found["low"] == pytest.approx(1 - p - half, abs=half / 5)
-    assert found["high"] == pytest.approx(1 - p + half, abs=half / 5)
-
-
-def test_nrr_where_there_is_nothing_or_more_than_before():
-    two = np.array([[1.0, 3.0], [1.0, 1.0]])
-    assert ev.bootstrap(two, ev.nrr)["value"] == -1
-    assert ev.bootstrap(np.zeros((5, 2)), ev.nrr) == dict(value=None, low=None, high=None)
-
-
-def test_no_failure_among_few_pictures_is_not_called_certainty():
-    never = ev.bootstrap(np.zeros((4, 1)), bound=(0, 1), trials=20)
-    always = ev.bootstrap(np.ones((4, 1)), bound=(0, 1), trials=20)
-    assert never == dict(value=0, low=0, high=pytest.approx(0.168433, abs=1e-5))  # Clopper-Pearson, 0 of 20
-    assert always == dict(value=1, low=pytest.approx(1 - 0.168433, abs=1e-5), high=1)
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def test_clip_kid_is_zero_in_expectation_for_halves_of_one_set_and_positive_for_shifted_ones():
-    rng = np.random.default_rng(0)
-    pool = rng.normal(size=(60, 16)) + 1
-
-    def halves(shift):
-        rows = rng.permutation(60)
-        return ev.clip_kid(unit(pool[rows[:30]]), unit(pool[rows[30:]] + shift), np.arange(30), draws=50)
-
-    null = np.array([halves(0)["value"] for _ in range(300)])
-    assert abs(null.mean()) < 4 * null.std() / np.sqrt(300) and (null < 0).any() and (null > 0).any()
-    shifted = halves(1 - 2 * (np.arange(16) % 2))
-    assert shifted["low"] > null.max() and shifted["low"] < shifted["value"] < shifted["high"]
-
-
-def test_clip_kid_of_pictures_from_shared_seeds_is_unbiased_too():
-    """Rows are alike pair by pair though not in distribution: the plain estimate would come out negative."""
-    rng, ours, plain = np.random.default_rng(0), [], []
-    for _ in range(400):
-        x = rng.normal(size=(10, 8)) + 1
-        x, y = unit(x), unit(x + rng.normal(size=x.shape) * 0.1)
-        ours.append(ev.clip_kid(x, y, np.arange(10), draws=2)["value"])
-        off, k = ~np.eye(10, dtype=bool), (x @ y.T + 1) ** 3
-        plain.append(((x @ x.T + 1) ** 3)[off].mean() + ((y @ y.T + 1) ** 3)[off].mean() - 2 * k.mean())
-    assert np.mean(plain) < -10 * abs(np.mean(ours))
 
 
 # ------------------------------------------------------------------------------------ prompt files
