@@ -1,6 +1,11 @@
 """eval.py's statistics, summary and page on numbers made by hand: nothing is trained or drawn here."""
+import functools
+
+import eval_coverage
+import eval_statistics as es
 import numpy as np
 import pytest
+import scipy
 
 import eval as ev
 
@@ -18,28 +23,126 @@ def test_both_counting_rules_on_a_hand_made_detection_list():
     assert ev.count_boxes(found, 0.25, ev.LABELS) == (4, 3) and ev.count_boxes([], 0.25, faces) == (0, 0)
 
 
+# ------------------------------------------------------------------------------------ rates, means, removal
+def test_a_mean_has_student_s_interval_over_prompts():
+    """Prompt means 1, 2, 3 (2, 2 and 4 pictures of them): 18 / 8; deviations of the sums from 2.25 times
+    their sizes -2.5, -0.5, 3; error sqrt(3/2 * 15.5) / 8 = 0.602728; Student's t with 2 degrees is 4.302653."""
+    found = es.mean(np.array([1, 1, 2, 2, 3, 3, 2, 4.0]), np.repeat(range(3), [2, 2, 4]))
+    reach = 4.302653 * 0.602728
+    assert found == dict(value=2.25, low=pytest.approx(2.25 - reach, rel=1e-5),
+                         high=pytest.approx(2.25 + reach, rel=1e-5))
+    one_each = es.mean(np.array([1.0, 2, 6]), np.arange(3))  # the textbook's: s = sqrt(7), of 3
+    assert one_each["high"] - 3 == pytest.approx(4.302653 * np.sqrt(7 / 3), rel=1e-6)
+
+
+def test_a_rate_of_unlike_pictures_is_clopper_and_pearson_s_and_of_like_ones_counts_prompts():
+    """5 of 10 prompts fire, with all their pictures or with their only one: the same interval. The error is
+    sqrt(10/9 * 10 * 0.25) / 10, so there are 9 independent pictures, times (1.959964 / 2.262157)^2: 6.756."""
+    fires = np.repeat([1.0, 0], 5)
+    few, many = es.rate(fires, np.arange(10)), es.rate(np.repeat(fires, 8), np.repeat(np.arange(10), 8))
+    assert few == pytest.approx(many)
+    n = 9 * (1.959964 / 2.262157) ** 2
+    low = scipy.optimize.brentq(lambda p: scipy.special.betainc(n / 2, n / 2 + 1, p) - 0.025, 0, 1)
+    assert few["value"] == 0.5 and few["low"] == pytest.approx(low, rel=1e-5)
+    assert few["high"] == pytest.approx(1 - low, rel=1e-5)
+
+
+def test_where_all_prompts_are_alike_no_more_than_all_pictures_count():
+    found = es.rate(np.tile([1.0, 0], 100), np.repeat(np.arange(50), 4))  # half of each prompt's: error 0
+    n = 200 * (1.959964 / 2.009575) ** 2
+    assert found["high"] - 0.5 == pytest.approx(1.96 * np.sqrt(0.25 / n), rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(96, 1), (12, 8), (2, 48)])
+def test_one_picture_that_fires_says_no_more_than_none(shape):
+    prompt, n = np.repeat(np.arange(shape[0]), shape[1]), shape[0] * shape[1]
+    found = [es.rate(np.arange(n) < k, prompt) for k in range(n + 1)]
+    assert found[0] == dict(value=0, low=0, high=pytest.approx(1 - 0.025 ** (1 / shape[0])))
+    assert found[n] == dict(value=1, low=pytest.approx(0.025 ** (1 / shape[0])), high=1)
+    assert found[1]["high"] >= found[0]["high"] and found[n - 1]["low"] <= found[n]["low"] + 1e-12
+    assert all(f["low"] <= f["value"] <= f["high"] for f in found)
+
+
+def test_one_prompt_or_no_picture_has_no_interval():
+    one, none = np.zeros(5, int), np.zeros(0, int)
+    values = np.array([0.0, 1, 1, 0, 1])
+    bare = dict(low=None, high=None)
+    assert es.mean(values, one) == es.rate(values, one) == dict(value=0.6, **bare)
+    assert es.nrr(values, values / 2, one) == dict(value=0.5, **bare)
+    assert es.nrr_gap((values, values / 2), (values, values), one) == dict(value=0.5, **bare)
+    nothing = dict(value=None, **bare)
+    assert es.mean(none, none) == es.rate(none, none) == es.nrr(none, none, none) == nothing
+    assert es.nrr_gap((none, none), (none, none), none) == es.worst_kept(none, none, none) == nothing
+
+
 def test_nrr_and_its_interval_against_the_closed_form():
-    """Where the base model fires on every prompt, NRR is 1 - a binomial proportion."""
-    n, p = 400, 0.3
-    tuned = (np.arange(n) < n * p).astype(float)
-    found = ev.bootstrap(np.stack([np.ones(n), tuned], axis=1), ev.nrr)
-    half = 1.96 * np.sqrt(p * (1 - p) / n)
-    assert found["value"] == pytest.approx(1 - p)
-    assert found["low"] == pytest.approx(1 - p - half, abs=half / 5)
-    assert found["high"] == pytest.approx(1 - p + half, abs=half / 5)
+    """Where the base model fires on every prompt once, the logarithm of what is left has the variance
+    (1 - q) / (q n) of a binomial proportion q."""
+    n, q = 400, 0.3
+    found = es.nrr(np.ones(n), np.arange(n) < n * q, np.arange(n))
+    factor = np.exp(1.96 * np.sqrt((1 - q) / (q * n)))
+    assert found["value"] == pytest.approx(1 - q)
+    assert found["low"] == pytest.approx(1 - q * factor, rel=0.01)
+    assert found["high"] == pytest.approx(1 - q / factor, rel=0.01)
 
 
 def test_nrr_where_there_is_nothing_or_more_than_before():
-    two = np.array([[1.0, 3.0], [1.0, 1.0]])
-    assert ev.bootstrap(two, ev.nrr)["value"] == -1
-    assert ev.bootstrap(np.zeros((5, 2)), ev.nrr) == dict(value=None, low=None, high=None)
+    prompt = np.arange(3)
+    assert es.nrr(np.array([1, 1, 0]), np.array([3, 1, 0]), prompt)["value"] == -1
+    assert es.nrr(np.zeros(3), np.ones(3), prompt) == dict(value=None, low=None, high=None)
 
 
-def test_no_failure_among_few_pictures_is_not_called_certainty():
-    never = ev.bootstrap(np.zeros((4, 1)), bound=(0, 1), trials=20)
-    always = ev.bootstrap(np.ones((4, 1)), bound=(0, 1), trials=20)
-    assert never == dict(value=0, low=0, high=pytest.approx(0.168433, abs=1e-5))  # Clopper-Pearson, 0 of 20
-    assert always == dict(value=1, low=pytest.approx(1 - 0.168433, abs=1e-5), high=1)
+def test_nrr_does_not_count_boxes_or_pictures_as_trials():
+    """All gone of 4 prompts, with 1 box or with 50 in each of 8 pictures: 0.025^(1/4) is left uncertain."""
+    for boxes, pictures in ((1, 1), (50, 8)):
+        prompt = np.repeat(np.arange(4), pictures)
+        found = es.nrr(np.full(len(prompt), boxes), np.zeros(len(prompt)), prompt)
+        assert found == dict(value=1, low=pytest.approx(0.025 ** (1 / 4)), high=1)
+        after = np.zeros(len(prompt))
+        after[0] = 1  # one left says no more than none
+        assert es.nrr(np.full(len(prompt), boxes), after, prompt)["low"] <= found["low"]
+
+
+def test_the_gap_is_the_first_nrr_minus_the_second_and_its_interval_holds_both():
+    """The ends are as far off as the NRRs' own together, less what they share (Zou and Donner)."""
+    before, prompt = np.ones(16), np.repeat(np.arange(8), 2)
+    first, second = np.zeros(16), np.zeros(16)
+    first[[0, 2]] = 1  # 2 left of 16, in prompts 0 and 1
+    second[[0, 4, 6, 8, 10, 12, 14, 15]] = 1  # 8 left, in prompt 0 and prompts 2 to 7
+    one, other = es.nrr(before, first, prompt), es.nrr(before, second, prompt)
+    gap = es.nrr_gap((before, first), (before, second), prompt)
+    assert gap["value"] == pytest.approx(2 / 16 * 3) and one["value"] == 14 / 16
+    moves = [np.bincount(prompt, a) / a.sum() - 1 / 8 for a in (first, second)]
+    alike = np.corrcoef(*moves)[0, 1]
+    down, up = one["value"] - one["low"], other["high"] - other["value"]
+    assert gap["low"] == pytest.approx(gap["value"] - np.sqrt(down**2 + up**2 - 2 * alike * down * up))
+    up, down = one["high"] - one["value"], other["value"] - other["low"]
+    assert gap["high"] == pytest.approx(gap["value"] + np.sqrt(down**2 + up**2 - 2 * alike * down * up))
+    same = es.nrr_gap((before, first), (before, first), prompt)
+    assert same["value"] == 0 and same["low"] < 0 < same["high"]
+
+
+def test_the_worst_prompt_is_the_one_that_keeps_least():
+    """Prompt 1 keeps 0.5; prompt 2 scores near zero and does not count. Off from their own ratios, pictures
+    of prompt 0 are 0, 0 and of prompt 1 +-0.05; 2 degrees in common, 1 its own: the larger spread is its own,
+    0.005 / 1; Student's t with 2 degrees at 2.5 % / 2 prompts is 6.205347."""
+    prompt = np.repeat(np.arange(3), 2)
+    before, after = np.array([1, 1, 0.8, 0.8, 0.05, 0.05]), np.array([0.9, 0.9, 0.44, 0.36, 0, 0])
+    found = es.worst_kept(before, after, prompt)
+    reach = 6.205347 * np.sqrt(0.005 / 2)
+    assert found == dict(value=pytest.approx(0.5), prompt=1, low=pytest.approx(0.5 - reach, rel=1e-5),
+                         high=pytest.approx(0.5 + reach, rel=1e-5))
+    once = es.worst_kept(np.array([1.0, 0.8]), np.array([0.9, 0.4]), np.arange(2))
+    assert once == dict(value=pytest.approx(0.5), low=None, high=None, prompt=1)
+
+
+@pytest.mark.parametrize("what", list(eval_coverage.CASES))
+def test_intervals_hold_the_truth_in_simulation(what):
+    """400 data sets of 16 prompts: 95 % give or take 4.4 standard errors below, and the estimate always."""
+    draw, cases = eval_coverage.CASES[what]
+    for case in cases:
+        found = eval_coverage.covered(functools.partial(draw, **case), (16, 8), 400)
+        assert found["given"] == found["holds_estimate"] == 1 and found["covers"] > 0.9, case
 
 
 # ------------------------------------------------------------------------------------ CLIP-KID
@@ -50,10 +153,10 @@ def test_clip_kid_of_three_pictures_is_its_formula():
     x, y = np.stack([e, e, f]), np.stack([e, f, f])
     # (0, 1): k(e,e) + k(e,f) - k(e,f) - k(e,e) = 0; (0, 2): k(e,f) + k(e,f) - k(e,f) - k(f,e) = 0
     # (1, 2): k(e,f) + k(f,f) - k(e,f) - k(f,f) = 0
-    assert ev.clip_kid(x, y, np.array([0, 0, 1]))["value"] == 0
+    assert es.clip_kid(x, y, np.array([0, 0, 1]))["value"] == 0
     y = np.stack([f, f, e])
     # (0, 1): 8 + 8 - 1 - 1 = 14; (0, 2): 1 + 1 - 8 - 8 = -14, (1, 2): the same; sum over ordered pairs -28
-    found = ev.clip_kid(x, y, np.array([0, 0, 1]))
+    found = es.clip_kid(x, y, np.array([0, 0, 1]))
     assert found["value"] == pytest.approx(-28 / 6) and found["n"] == 3
 
 
@@ -62,8 +165,8 @@ def test_clip_kid_s_interval_is_the_jackknife_s_over_prompts():
     rng = np.random.default_rng(0)
     prompt = np.repeat(np.arange(4), [1, 2, 3, 3])
     x, y = unit(rng.normal(size=(9, 5)) + 1), unit(rng.normal(size=(9, 5)))
-    found = ev.clip_kid(x, y, prompt)
-    without = np.array([ev.clip_kid(x[prompt != p], y[prompt != p],
+    found = es.clip_kid(x, y, prompt)
+    without = np.array([es.clip_kid(x[prompt != p], y[prompt != p],
                                     np.unique(prompt[prompt != p], return_inverse=True)[1])["value"]
                         for p in range(4)])
     reach = 3.182446 * np.sqrt(3 / 4 * ((without - without.mean()) ** 2).sum())  # Student's t, 3 degrees
@@ -74,7 +177,7 @@ def test_clip_kid_s_interval_is_the_jackknife_s_over_prompts():
 @pytest.mark.parametrize("prompts", [[0], [0, 0, 0], [0, 1]])
 def test_clip_kid_of_one_picture_or_one_prompt_has_no_interval(prompts):
     x = unit(np.arange(len(prompts) * 2).reshape(-1, 2) + 1.0)
-    found = ev.clip_kid(x, x[::-1], np.array(prompts))
+    found = es.clip_kid(x, x[::-1], np.array(prompts))
     assert found["low"] is None and found["high"] is None
     assert (found["value"] is None) == (len(prompts) == 1)  # one picture has no pair
 
@@ -85,7 +188,7 @@ def test_clip_kid_is_zero_in_expectation_for_halves_of_one_set_and_positive_for_
 
     def halves(shift):
         rows = rng.permutation(60)
-        return ev.clip_kid(unit(pool[rows[:30]]), unit(pool[rows[30:]] + shift), np.arange(30))
+        return es.clip_kid(unit(pool[rows[:30]]), unit(pool[rows[30:]] + shift), np.arange(30))
 
     null = np.array([halves(0)["value"] for _ in range(300)])
     assert abs(null.mean()) < 4 * null.std() / np.sqrt(300) and (null < 0).any() and (null > 0).any()
@@ -99,7 +202,7 @@ def test_clip_kid_of_pictures_from_shared_seeds_is_unbiased_too():
     for _ in range(400):
         x = rng.normal(size=(10, 8)) + 1
         x, y = unit(x), unit(x + rng.normal(size=x.shape) * 0.1)
-        ours.append(ev.clip_kid(x, y, np.arange(10))["value"])
+        ours.append(es.clip_kid(x, y, np.arange(10))["value"])
         off, k = ~np.eye(10, dtype=bool), (x @ y.T + 1) ** 3
         plain.append(((x @ x.T + 1) ** 3)[off].mean() + ((y @ y.T + 1) ** 3)[off].mean() - 2 * k.mean())
     assert np.mean(plain) < -10 * abs(np.mean(ours))
