@@ -9,7 +9,7 @@ Every system draws every prompt from the same seeds as the base model. One pass 
 removal (NudeNet, as published numbers count it and as training scored it), the same by detectors training
 never saw, meaning (CLIP), drift on benign prompts (CLIP-KID). Intervals are 95 %, over prompts. All
 of it and the protocol go to report.json and report.html. OUT/images holds the *uncensored* pictures, which a
-resumed run and the report need: delete it when done. What report.html and pairs.png show is pixelated.
+resumed run and the report need: delete it when done. In report.html and pairs.png there is a mosaic over it.
 
 Sections 1 to 4 draw and score, 5 makes numbers of that, 6 is the command. How a number and its interval are
 computed is in tests/eval_statistics.py, how they are shown in tests/eval_report.py.
@@ -117,7 +117,9 @@ class Args:
     attack_population: int = 200  # candidates of the genetic search
     attack_generations: int = 1000  # about 3 minutes on a GPU; the paper's code runs 3000
 
-    show_uncensored: bool = False  # do not pixelate report.html and pairs.png where a nudity label fires
+    # no mosaic in report.html and pairs.png over nudity, or over all of a picture where a detector sees some
+    # that NudeNet cannot place
+    show_uncensored: bool = False
 
 
 TINY = dict(
@@ -624,6 +626,38 @@ def add_drift(result: dict, part: Part, rival: str):
     result["clip_kept_worst"] = worst_kept(part.base["clip_prompt"], part.ours["clip_prompt"], part.prompt)
 
 
+def numbers_of(records: dict[Key, dict], jobs: list[Job], systems: list[str], labels, rival: str) -> dict:
+    """{set: {system: its numbers and the pictures to show}}; systems: the base model and the others."""
+    results = {}
+    for name, group in itertools.groupby(jobs, key=lambda job: job.set):
+        group = list(group)
+        elicits = np.array([job.row.elicits for job in group])
+        tables = {x: table_of([records[job.key(x)] for job in group], labels) for x in systems}
+        results[name] = {x: summarise(tables["base"], tables[x], elicits, rival)
+                         | dict(shown=choose_pairs(records, group, x, rival)) for x in systems}
+    return results
+
+
+def frechet(reference: list[Path], pictures: list[Path], device) -> dict:
+    """Frechet Inception Distance of torchmetrics between two sets of pictures, always with both N."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    fid = FrechetInceptionDistance().to(device)
+    for paths, real in ((reference, True), (pictures, False)):
+        for path in paths:
+            pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
+            fid.update(pixels.to(device), real=real)
+    return dict(value=fid.compute().item(), n=len(pictures), n_reference=len(reference))
+
+
+def add_fid(results: dict, jobs: list[Job], out: Path, reference: list[Path], device):
+    """The FID of every system's benign pictures, with --reference."""
+    for name, systems in results.items():
+        for system, numbers in systems.items():
+            if "benign" in numbers:
+                paths = [j.key(system).path(out) for j in jobs if j.set == name and not j.row.elicits]
+                numbers["benign"]["fid"] = frechet(reference, paths, device)
+
+
 # ------------------------------------------------------------------------------------ 6. the evaluation
 def describe(file: str, rows: list[Row]) -> dict:
     return dict(file=file, sha256=sha256(file), prompts=len(rows), eliciting=sum(r.elicits for r in rows))
@@ -704,40 +738,6 @@ def read_sets(args: Args, size: int, notes: dict) -> dict[str, tuple[str, list[R
     return sets
 
 
-def numbers_of(setup: Setup, systems: list[System], jobs: list[Job], rival: str) -> dict:
-    """{set: {system: its numbers and the pictures to show}}."""
-    records, results = finished(setup.out), {}
-    for name, group in itertools.groupby(jobs, key=lambda job: job.set):
-        group = list(group)
-        elicits = np.array([job.row.elicits for job in group])
-        tables = {x.name: table_of([records[job.key(x.name)] for job in group], setup.args.labels)
-                  for x in systems}
-        results[name] = {
-            x.name: summarise(tables["base"], tables[x.name], elicits, rival)
-            | dict(shown=choose_pairs(records, group, x.name, rival)) for x in systems}
-    return results
-
-
-def frechet(reference: list[Path], pictures: list[Path], device) -> dict:
-    """Frechet Inception Distance of torchmetrics between two sets of pictures, always with both N."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    fid = FrechetInceptionDistance().to(device)
-    for paths, real in ((reference, True), (pictures, False)):
-        for path in paths:
-            pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
-            fid.update(pixels.to(device), real=real)
-    return dict(value=fid.compute().item(), n=len(pictures), n_reference=len(reference))
-
-
-def add_fid(results: dict, jobs: list[Job], out: Path, reference: list[Path], device):
-    """The FID of every system's benign pictures, with --reference."""
-    for name, systems in results.items():
-        for system, numbers in systems.items():
-            if "benign" in numbers:
-                paths = [j.key(system).path(out) for j in jobs if j.set == name and not j.row.elicits]
-                numbers["benign"]["fid"] = frechet(reference, paths, device)
-
-
 def evaluate(args: Args):
     """The whole evaluation."""
     systems = list_systems(args)
@@ -774,12 +774,13 @@ def evaluate(args: Args):
     setup = Setup(args, pipe, judges, spec, out)
     run_all(setup, systems, jobs)
 
-    results = numbers_of(setup, systems, jobs, rival)
+    records = finished(out)
+    results = numbers_of(records, jobs, [s.name for s in systems], args.labels, rival)
     if reference:
         add_fid(results, jobs, out, reference, device)
     report = dict(headline=headline(results, rival), held_out_detector=rival,
                   notes={k: v for k, v in notes.items() if v}, sets=results, protocol=protocol)
-    write_report(report, jobs, Gallery(out, judges.session, args.show_uncensored))
+    write_report(report, jobs, Gallery(out, records, judges.session, args.labels, args.show_uncensored))
 
 
 if __name__ == "__main__":

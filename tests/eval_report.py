@@ -8,9 +8,11 @@ import functools
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
@@ -141,6 +143,11 @@ def headline(sets: dict, rival: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ the pictures
+def mosaic(picture, cells=4):
+    small = cv2.resize(picture, (cells, cells), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+
+
 class Key(NamedTuple):
     """Which picture: the first columns of results.jsonl."""
     system: str
@@ -170,16 +177,35 @@ def choose_pairs(records: dict[Key, dict], jobs: list, system: str, rival: str) 
             for title, found in (("worst", worst), ("lost", lost))}
 
 
+def hides_whole(fires: list[str], boxed: bool, labels: Sequence[str]) -> bool:
+    """Whether all of a picture is hidden: a detector of nudity fires and NudeNet has no box to hide.
+
+    fires: the detectors that do; boxed: whether NudeNet has boxes; labels: those of the run. Faces are not
+    nudity: where the labels are faces only, as the embedded model's, NudeNet's score and the cascade are no
+    reason, and the report shows what it is about.
+    """
+    faces_only = all(label.startswith("FACE_") for label in labels)
+    nudity = {"open_nsfw", "safety_checker"} | (set() if faces_only else {"nudenet"})
+    return not boxed and bool(nudity & set(fires))
+
+
 class Gallery(NamedTuple):
     """The pictures, as they may be shown."""
     out: Path
+    records: dict[Key, dict]
     session: object  # NudeNet's
+    labels: Sequence[str]
     uncensored: bool
 
     def thumbnail(self, key: Key) -> Image.Image:
-        """A picture at most 256 px wide, pixelated where a nudity label fires."""
-        image = np.asarray(Image.open(key.path(self.out)))[None]
-        image = Image.fromarray((image if self.uncensored else sd.pixelate(self.session, image))[0])
+        """A picture at most 256 px wide, a mosaic over NudeNet's boxes of nudity, or over all of it."""
+        image = np.asarray(Image.open(key.path(self.out)))
+        if not self.uncensored:
+            nudity = {*sd.NUDITY, *(label for label in self.labels if not label.startswith("FACE_"))}
+            hidden = sd.pixelate(self.session, image[None], sorted(nudity))[0]
+            boxed = bool((hidden != image).any())
+            image = mosaic(image) if hides_whole(self.records[key]["fires"], boxed, self.labels) else hidden
+        image = Image.fromarray(image)
         image.thumbnail((256, 256))
         return image
 

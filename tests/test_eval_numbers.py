@@ -1,13 +1,20 @@
 """eval.py's statistics, summary and page on numbers made by hand: nothing is trained or drawn here."""
+import base64
 import functools
+import io
+import re
 
 import eval_coverage
 import eval_statistics as es
 import numpy as np
 import pytest
 import scipy
+import skimage.data
+from eval_report import Gallery, hides_whole, write_report
+from PIL import Image
 
 import eval as ev
+import shielddiff as sd
 
 
 def unit(x):
@@ -26,7 +33,7 @@ def test_both_counting_rules_on_a_hand_made_detection_list():
 # ------------------------------------------------------------------------------------ rates, means, removal
 def test_a_mean_has_student_s_interval_over_prompts():
     """Prompt means 1, 2, 3 (2, 2 and 4 pictures of them): 18 / 8; deviations of the sums from 2.25 times
-    their sizes -2.5, -0.5, 3; error sqrt(3/2 * 15.5) / 8 = 0.602728; Student's t with 2 degrees is 4.302653."""
+    their sizes -2.5, -0.5, 3; error sqrt(3/2 * 15.5) / 8 = 0.602728; Student's t, 2 degrees: 4.302653."""
     found = es.mean(np.array([1, 1, 2, 2, 3, 3, 2, 4.0]), np.repeat(range(3), [2, 2, 4]))
     reach = 4.302653 * 0.602728
     assert found == dict(value=2.25, low=pytest.approx(2.25 - reach, rel=1e-5),
@@ -206,3 +213,81 @@ def test_clip_kid_of_pictures_from_shared_seeds_is_unbiased_too():
         off, k = ~np.eye(10, dtype=bool), (x @ y.T + 1) ** 3
         plain.append(((x @ x.T + 1) ** 3)[off].mean() + ((y @ y.T + 1) ** 3)[off].mean() - 2 * k.mean())
     assert np.mean(plain) < -10 * abs(np.mean(ours))
+
+
+# ------------------------------------------------------------------------------------ the page
+NOT_FIRED = dict(detections=[], raw=0.0, open_nsfw=0.0, safety_checker=None, face_cascade=None, fires=[],
+                 clip_prompt=0.5, clip_caption=0.5, refused=False)
+
+
+def features(*numbers):
+    """A unit vector as records hold it."""
+    return base64.b64encode(unit(np.array(numbers)).astype(np.float16).tobytes()).decode()
+
+
+def written(out, pictures, uncensored=False, labels=sd.NUDITY):
+    """A report of one eliciting prompt with the given {system: (picture, the detectors that fire)}; returns
+    {system: the picture in report.html}, {system: that in pairs.png}, the page."""
+    job = ev.Job("p", 0, 0, ev.Row("a prompt", "a caption", True, 0, 7.5, 64, 64), None)
+    records = {}
+    for system, (picture, fires) in pictures.items():
+        path = job.key(system).path(out)
+        path.parent.mkdir(parents=True)
+        Image.fromarray(picture).save(path)
+        records[job.key(system)] = NOT_FIRED | dict(i=0, fires=fires, face_cascade=0.0, features="")
+    sets = ev.numbers_of(records, [job], list(pictures), labels, "open_nsfw")
+    for system in pictures:
+        sets["p"][system]["shown"]["worst"] = [dict(i=0, k=0, prompt="a prompt", scores=dict.fromkeys(
+            ("base", "ours"), dict(raw=0, open_nsfw=0, clip_prompt=0, fires=[])))]
+    protocol = dict(model=dict(id="hand-made"), formulas={}, nudenet=dict(thresholds=ev.THRESHOLDS))
+    report = dict(headline="h", held_out_detector="open_nsfw", notes={}, sets=sets, protocol=protocol)
+    write_report(report, [job], Gallery(out, records, sd.load_nudenet(), labels, uncensored))
+    page = (out / "report.html").read_text()
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+             for data in re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)]
+    rows = np.split(np.asarray(Image.open(out / "pairs.png")), len(pictures))
+    ours = dict(zip(list(pictures)[1:], shown[1::2], strict=True))
+    return ours, dict(zip(pictures, rows, strict=True)), page
+
+
+def mosaic_cells(picture):
+    """The largest spread within the cells of a 4 x 4 grid, their edges left out: small for a mosaic."""
+    h, w = (n // 4 for n in picture.shape[:2])
+    return max(picture[y * h + 4:y * h + h - 4, x * w + 4:x * w + w - 4].std(axis=(0, 1)).max()
+               for y in range(4) for x in range(4))
+
+
+def test_all_of_a_picture_is_hidden_where_a_detector_of_nudity_fires_and_nudenet_has_no_box():
+    faces = "FACE_FEMALE", "FACE_MALE"
+    for fires, boxed, labels, hidden in [
+            (["open_nsfw"], False, sd.NUDITY, True), (["safety_checker"], False, sd.NUDITY, True),
+            (["nudenet"], False, sd.NUDITY, True), (["open_nsfw", "nudenet"], True, sd.NUDITY, False),
+            ([], False, sd.NUDITY, False), (["face_cascade", "nudenet"], False, faces, False),
+            (["face_cascade", "open_nsfw"], False, faces, True), (["safety_checker"], True, faces, False),
+            (["nudenet"], False, (*faces, "BUTTOCKS_EXPOSED"), True),
+            (["face_cascade"], False, (*faces, "BUTTOCKS_EXPOSED"), False)]:
+        assert hides_whole(fires, boxed, labels) == hidden, (fires, boxed, labels)
+
+
+def test_the_page_and_the_sheet_show_a_mosaic_where_a_detector_fires(tmp_path):
+    """In the photograph of a cup of coffee NudeNet sees buttocks, falsely, in a box of four fifths of it; in
+    the astronaut's it sees nothing, whatever another detector says."""
+    coffee, astronaut = skimage.data.coffee(), np.ascontiguousarray(skimage.data.astronaut()[:400, :512])
+    pictures = dict(base=(astronaut, []), unfired=(astronaut, []), missed=(astronaut, ["open_nsfw"]),
+                    boxed=(coffee, ["nudenet"]))
+    shown, sheet, _ = written(tmp_path / "censored", pictures)
+    bare, bare_sheet, _ = written(tmp_path / "uncensored", pictures, uncensored=True)
+    small = np.asarray(Image.fromarray(astronaut).resize((256, 200), Image.BICUBIC, reducing_gap=2.0))
+    assert abs(shown["unfired"].astype(int) - small).mean() < 4
+    assert mosaic_cells(shown["missed"]) < 3 < 20 < mosaic_cells(bare["missed"])
+    assert mosaic_cells(sheet["missed"][14:214, :256]) < 1 < mosaic_cells(sheet["unfired"][14:214, :256])
+    changed = abs(shown["boxed"].astype(int) - bare["boxed"]).max(axis=2) > 40
+    assert 0.2 < changed.mean() < 0.9 and mosaic_cells(shown["boxed"]) > 10  # its box, not all of it
+    assert (sheet["boxed"] != bare_sheet["boxed"]).any() and np.array_equal(sheet["base"], bare_sheet["base"])
+
+
+def test_a_run_about_faces_shows_them(tmp_path):
+    photo = skimage.data.astronaut()[:256, 100:356]
+    shown, *_ = written(tmp_path, dict(base=(photo, []), ours=(photo, ["nudenet", "face_cascade"])),
+                        labels=("FACE_FEMALE", "FACE_MALE"))
+    assert abs(shown["ours"].astype(int) - photo).mean() < 4
