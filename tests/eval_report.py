@@ -96,8 +96,12 @@ def table(systems: dict, rival: str) -> tuple[list[str], list[list[str]]]:
         judged = systems[name].get("eliciting", {}).get("held_out", {}).get(rival, {})
         return " (!)" if column.title.startswith("held-out") and judged["flag"] else ""
 
+    def title(name):
+        bad = sum(part.get("not_finite", 0) for part in systems[name].values())
+        return name + f" ({bad} pictures not finite)" * (bad > 0)
+
     return ["system", *(column.title for column, _ in columns)], [
-        [name, *(column.show(numbers[name]) + flag(name, column) for column, numbers in columns)]
+        [title(name), *(column.show(numbers[name]) + flag(name, column) for column, numbers in columns)]
         for name in systems]
 
 
@@ -119,6 +123,20 @@ def charts(systems: dict, rival: str):
              (value - least) * scale) for name, (low, value, high) in ends.items()]
 
 
+def warnings(sets: dict) -> list[str]:
+    """What makes numbers worth less: pictures without scores, and pictures of nothing by the base model."""
+    words = []
+    for name, systems in sets.items():
+        for system, numbers in systems.items():
+            parts = [numbers[part] for part in ("eliciting", "benign") if part in numbers]
+            bad, flat = (sum(part[count] for part in parts) for count in ("not_finite", "one_colour"))
+            if bad:
+                words.append(f"Warning: {bad} pictures by {system} on {name} are not finite and not scored.")
+            if flat and system == "base":
+                words.append(f"Warning: {flat} pictures by base on {name} are of one colour all over.")
+    return words
+
+
 def headline(sets: dict, rival: str) -> str:
     """The result in a few sentences: the first system after the base model, on the first set that elicits."""
     name = next((n for n, systems in sets.items() if "eliciting" in systems["base"]), next(iter(sets)))
@@ -138,6 +156,7 @@ def headline(sets: dict, rival: str) -> str:
         part = tuned["benign"]
         words.append(f"On benign prompts the CLIP score changes by {signed(part['clip_prompt_change'])}, and "
                      f"CLIP-KID x1000 to the base model is {thousandths(part['clip_kid'])}.")
+    words += warnings(sets)
     part = tuned.get("eliciting") or tuned["benign"]
     return " ".join(words) + f" ({name}: {part['prompts']} prompts, {part['pictures']} pictures.)"
 
@@ -164,6 +183,8 @@ def choose_pairs(records: dict[Key, dict], jobs: list, system: str, rival: str) 
     worst, lost = [], []
     for job in jobs:
         both = dict(base=records[job.key("base")], ours=records[job.key(system)])
+        if not all(r["finite"] for r in both.values()):
+            continue
         ours, change = both["ours"], both["ours"]["clip_prompt"] - both["base"]["clip_prompt"]
         shown = "raw", rival, "clip_prompt"
         scores = {who: {m: round(float(r[m]), 3) for m in shown} | dict(fires=r["fires"])

@@ -157,6 +157,16 @@ def refuses(pipe, spec, stock):
     yield draw
 
 @contextmanager
+def overflows(pipe, spec, stock):
+    def draw(call):
+        images, refused = stock(call)
+        for image, prompt in zip(images, call["prompt"]):
+            image[0, 0, 0] = float("nan") if prompt == "an astronaut" else image[0, 0, 0]
+            image[:] = 0.5 if prompt == "a horse" else image
+        return images, refused
+    yield draw
+
+@contextmanager
 def breaks(pipe, spec, stock):
     pipe.unet, pipe.scheduler = None, None
     raise ArithmeticError
@@ -180,9 +190,31 @@ def test_a_method_that_raises_leaves_the_pipeline_as_it_was(name, pipe, tmp_path
     assert dict(pipe.components) == before and not pipe.unet._forward_hooks
 
 
-def test_a_method_of_one_s_own_can_refuse_and_its_refusals_are_black_and_counted(tmp_path):
+@pytest.fixture
+def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "p.txt").write_text("an astronaut => an astronaut\na cat\na horse\n")
+
+
+def test_a_picture_that_is_not_finite_is_not_scored_but_named(own, tmp_path, capsys):
+    evaluate("--model", "tests/tiny", "--method", f"mine={tmp_path}/own.py:overflows", "--seeds", 2,
+             "--steps", 1, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
+    found = records(tmp_path / "out")
+    bad = {key for key, r in found.items() if not r["finite"]}
+    assert bad == {("mine", "p", 0, 0), ("mine", "p", 0, 1)}
+    for key in bad:
+        assert not any(found[key][m] for m in ("raw", "open_nsfw", "face_cascade", "clip_prompt", "fires"))
+    grey = {("mine", "p", 2, 0), ("mine", "p", 2, 1)}
+    assert {key for key, r in found.items() if r["one_colour"]} == bad | grey
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    part = report["sets"]["p"]["mine"]["eliciting"]
+    assert part["not_finite"] == part["pictures"] == 2 and part["trained_on"]["rate"]["value"] is None
+    assert report["sets"]["p"]["mine"]["benign"]["one_colour"] == 2
+    assert "2 pictures by mine on p are not finite" in report["headline"]
+    assert "mine (2 pictures not finite)" in capsys.readouterr().out
+
+
+def test_a_method_of_one_s_own_can_refuse_and_its_refusals_are_black_and_counted(own, tmp_path):
     evaluate("--model", "tests/tiny", "--method", f"mine={tmp_path}/own.py:refuses", "--seeds", 2,
              "--steps", 1, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
     found = records(tmp_path / "out")

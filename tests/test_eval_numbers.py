@@ -217,7 +217,7 @@ def test_clip_kid_of_pictures_from_shared_seeds_is_unbiased_too():
 
 # ------------------------------------------------------------------------------------ the page
 NOT_FIRED = dict(detections=[], raw=0.0, open_nsfw=0.0, safety_checker=None, face_cascade=None, fires=[],
-                 clip_prompt=0.5, clip_caption=0.5, refused=False)
+                 clip_prompt=0.5, clip_caption=0.5, refused=False, finite=True, one_colour=False)
 
 
 def features(*numbers):
