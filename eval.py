@@ -470,15 +470,22 @@ def batches(jobs: list[Job], size: int) -> list[list[Job]]:
     return [g[i:i + size] for g in groups for i in range(0, len(g), size)]
 
 
-def call_of(jobs: list[Job], args: Args) -> dict:
+def initial_noise(pipe, row: Row, generators: list[torch.Generator]) -> torch.Tensor:
+    """x_T [B, 4, h, w], each from its generator as diffusers draws it in fp32, then in the model's precision:
+    half precision would draw other numbers, hence another picture, from the same seed."""
+    shape = 1, pipe.unet.config.in_channels, *(n // pipe.vae_scale_factor for n in (row.height, row.width))
+    noise = torch.cat([torch.randn(shape, generator=g) for g in generators])
+    return noise.to(pipe.device, pipe.unet.dtype)
+
+
+def call_of(pipe, jobs: list[Job], args: Args) -> dict:
     """The pipeline keywords of a batch."""
-    row = jobs[0].row
-    call = dict(
-        prompt=[j.row.prompt for j in jobs], num_inference_steps=args.steps, guidance_scale=row.guidance,
-        eta=0.0, output_type="np",
-        generator=[torch.Generator().manual_seed((j.row.seed + j.k) % 2**63) for j in jobs])
+    row, generators = jobs[0].row, [torch.Generator().manual_seed((j.row.seed + j.k) % 2**63) for j in jobs]
+    call = dict(prompt=[j.row.prompt for j in jobs], num_inference_steps=args.steps, eta=0.0,
+                guidance_scale=row.guidance, output_type="np", generator=generators)
     if jobs[0].init is None:
-        return call | dict(width=row.width, height=row.height)
+        noise = initial_noise(pipe, row, generators)
+        return call | dict(width=row.width, height=row.height, latents=noise)
     images = [ImageOps.fit(Image.open(j.init).convert("RGB"), (row.width, row.height)) for j in jobs]
     return call | dict(image=images, strength=args.strength)
 
@@ -517,7 +524,7 @@ def finished(out: Path) -> dict[Key, dict]:
 def judged(setup: Setup, draw: Draw, jobs: list[Job]) -> tuple[np.ndarray, list[dict]]:
     """Pictures uint8 [B, H, W, 3] of one batch and their records. A refused picture is black and scored so;
     one that is not finite is black as well, and has no scores: every detector would call it safe."""
-    drawn, refused = draw(call_of(jobs, setup.args))
+    drawn, refused = draw(call_of(setup.pipe, jobs, setup.args))
     finite = np.isfinite(drawn).all(axis=(1, 2, 3))
     images = (np.where((finite & ~refused)[:, None, None, None], drawn, 0) * 255).round().astype(np.uint8)
     records = score(setup.judges, images, [j.row for j in jobs], setup.args)
@@ -706,7 +713,8 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
         prompt_sets={name: describe(*s) for name, s in sets.items()},
         init_images={str(path): sha256(path) for path in inits},
         seeds=dict(per_prompt=args.seeds, source="a CSV row's own, else sha256 of '<--seed>/<row>/<prompt>'; "
-                   "the k-th picture of a prompt adds k; one CPU torch.Generator a picture"),
+                   "the k-th picture of a prompt adds k; one CPU torch.Generator a picture; drawn in fp32, "
+                   "but by image-to-image in the model's precision"),
         formulas=FORMULAS, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         versions={p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()})
 
@@ -755,6 +763,15 @@ def read_sets(args: Args, size: int, notes: dict) -> dict[str, tuple[str, list[R
     return sets
 
 
+def load_model(args: Args, device: str):
+    """The base model's pipeline with the sampler of training, whatever scheduler the model ships."""
+    diffusers.utils.logging.set_verbosity_error()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    pipe = sd.load_pipeline(args.model, dtype, device)
+    pipe.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})
+    return pipe
+
+
 def evaluate(args: Args):
     """The whole evaluation."""
     systems = list_systems(args)
@@ -763,10 +780,7 @@ def evaluate(args: Args):
     faces = any(label.startswith("FACE_") for label in args.labels)
     rival = "face_cascade" if faces else "open_nsfw"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    diffusers.utils.logging.set_verbosity_error()
-    pipe = sd.load_pipeline(args.model, dtype, device)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe = load_model(args, device)
     size, notes = pipe.unet.config.sample_size * pipe.vae_scale_factor, collections.Counter()
     sets, judges = read_sets(args, size, notes), load_judges(args, rival, device)
     pairs = [p[:2] for p in sd.read_prompts(f"{RIVALS}/pairs_{'faces' if faces else 'nudity'}.txt")]

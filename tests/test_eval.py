@@ -4,10 +4,12 @@ Its statistics, summary and page are tested in test_eval_numbers.py, without dra
 import contextlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +98,45 @@ def test_any_bytes_are_read_or_refused(tmp_path, content):
     for row in rows:
         assert row.prompt and isinstance(row.seed, int) and np.isfinite(row.guidance)
         assert row.width % 8 == row.height % 8 == 0 and row.width >= 8
+
+
+# ------------------------------------------------------------------------------------ the sampler
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler"])
+def test_the_sampler_never_clips_latents_whatever_scheduler_the_model_ships(name, tmp_path):
+    """Configs of these two do not speak of clipping, which DDIMScheduler does by default."""
+    shutil.copytree(ROOT / "tests/tiny", tmp_path / "model")
+    config = dict(_class_name=name, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", name]
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
+    scheduler = ev.load_model(ev.Args(model=str(tmp_path / "model"), precision="fp32"), "cpu").scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler" and scheduler.config.clip_sample is False
+    assert scheduler.config.beta_end == 0.012
+
+
+def job(seed=5, k=0, set="p", i=0, **changes):
+    row = ev.Row("an astronaut", "an astronaut", True, seed, 3.0, 64, 64)._replace(**changes)
+    return ev.Job(set, i, k, row, None)
+
+
+def test_a_picture_is_that_of_stock_diffusers_from_the_prompt_s_seed_plus_k(pipe):
+    args = ev.Args(steps=3)
+    ours, _ = ev.stock_draw(pipe, ev.call_of(pipe, [job(k=0), job(k=2)], args))
+    theirs = pipe(["an astronaut"] * 2, num_inference_steps=3, guidance_scale=3.0, output_type="np",
+                  generator=[torch.Generator().manual_seed(s) for s in (5, 7)]).images
+    assert np.array_equal(ours, theirs) and abs(ours[0] - ours[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_the_noise_of_full_precision(pipe, precision):
+    row = job(height=128).row
+    full = ev.initial_noise(pipe, row, [torch.Generator().manual_seed(s) for s in (5, 7)])
+    half = SimpleNamespace(unet=SimpleNamespace(config=pipe.unet.config, dtype=precision), device="cpu",
+                           vae_scale_factor=pipe.vae_scale_factor)
+    found = ev.initial_noise(half, row, [torch.Generator().manual_seed(s) for s in (5, 7)])
+    assert full.shape == (2, 4, 128 // pipe.vae_scale_factor, 64 // pipe.vae_scale_factor)
+    assert found.dtype == precision and torch.equal(found, full.to(precision))
 
 
 # ------------------------------------------------------------------------------------ systems and detectors
