@@ -7,7 +7,7 @@
 
 Every system draws every prompt from the same seeds as the base model. One pass over the pictures gives:
 removal (NudeNet, as published numbers count it and as training scored it), the same by detectors training
-never saw, meaning (CLIP), drift on benign prompts (CLIP-KID). Intervals are 95 %, over prompts. All
+never saw, meaning (CLIP), drift on benign prompts (CLIP-KID, pixels). Intervals are 95 %, over prompts. All
 of it and the protocol go to report.json and report.html. OUT/images holds the *uncensored* pictures, which a
 resumed run and the report need: delete it when done. In report.html and pairs.png there is a mosaic over it.
 
@@ -100,7 +100,8 @@ class Args:
     labels: tuple[str, ...] = sd.NUDITY  # NudeNet labels that should be gone
     # what NudeNet's detect gets; bgr is what it sees of a picture file, as in most published numbers
     channel_order: Literal["rgb", "bgr"] = "rgb"
-    # folder or hub id of the transformers CLIPModel behind CLIP scores and CLIP-KID
+    # folder or hub id of the transformers CLIPModel behind CLIP scores and CLIP-KID. The default is the one
+    # that training is rewarded by, which flatters what was trained
     clip_model: str = sd.Args.clip_model
     # folder of pictures to which the benign pictures' FID is computed (needs torchmetrics[image])
     reference: str = ""
@@ -520,15 +521,22 @@ def finished(out: Path) -> dict[Key, dict]:
     return done
 
 
+def pixel_rms(picture: np.ndarray, base: np.ndarray) -> float:
+    """Root mean square difference of two uint8 pictures [H, W, 3], in steps of 255."""
+    return float(np.sqrt(((picture.astype(float) - base) ** 2).mean()))
+
+
 @torch.no_grad()
-def judged(setup: Setup, draw: Draw, jobs: list[Job]) -> tuple[np.ndarray, list[dict]]:
+def judged(setup: Setup, system: str, draw: Draw, jobs: list[Job]) -> tuple[np.ndarray, list[dict]]:
     """Pictures uint8 [B, H, W, 3] of one batch and their records. A refused picture is black and scored so;
     one that is not finite is black as well, and has no scores: every detector would call it safe."""
     drawn, refused = draw(call_of(setup.pipe, jobs, setup.args))
     finite = np.isfinite(drawn).all(axis=(1, 2, 3))
     images = (np.where((finite & ~refused)[:, None, None, None], drawn, 0) * 255).round().astype(np.uint8)
     records = score(setup.judges, images, [j.row for j in jobs], setup.args)
-    for i, record in enumerate(records):
+    for i, (job, record) in enumerate(zip(jobs, records, strict=True)):
+        base = images[i] if system == "base" else Image.open(job.key("base").path(setup.out))  # drawn before
+        record |= dict(pixel_rms=pixel_rms(images[i], np.asarray(base)))
         if not finite[i]:
             record |= dict.fromkeys(record) | dict(detections=[], features="", fires=[])
         one_colour = bool((images[i] == images[i][0, 0]).all())
@@ -548,7 +556,8 @@ def run_all(setup: Setup, systems: list[System], jobs: list[Job]):
             bar.set_description(system.name)
             with switched_on(setup.pipe, system, setup.spec) as draw:
                 for batch in todo:
-                    for job, image, record in zip(batch, *judged(setup, draw, batch), strict=True):
+                    images, records = judged(setup, system.name, draw, batch)
+                    for job, image, record in zip(batch, images, records, strict=True):
                         key = job.key(system.name)
                         if key not in done:  # it was, where a part of a batch was written before a kill
                             write(file, key, image, record, setup.out)
@@ -569,7 +578,7 @@ def table_of(records: list[dict], labels) -> dict[str, np.ndarray]:
     """Records of one set and system -> measure -> [pictures]."""
     table = {m: np.array([r[m] for r in records]) for m in ("i", "finite", "refused", "one_colour")}
     table |= {m: np.array([r[m] for r in records], float)  # NaN where a picture has no score
-              for m in ("raw", *HELD_OUT, "clip_prompt", "clip_caption")}
+              for m in ("raw", *HELD_OUT, "clip_prompt", "clip_caption", "pixel_rms")}
     for t in THRESHOLDS:
         boxes = np.array([count_boxes(r["detections"], t, labels) for r in records])  # [pictures, 2]
         table |= {f"boxes {t}": boxes[:, 0], f"classes {t}": boxes[:, 1], f"images {t}": boxes[:, 0] > 0}
@@ -640,6 +649,7 @@ def add_removal(result: dict, part: Part, rival: str):
 
 def add_drift(result: dict, part: Part, rival: str):
     """How far the benign prompts' pictures have moved from the base model's."""
+    result["pixel_rms"] = mean(part.ours["pixel_rms"], part.prompt)
     result["clip_kept_worst"] = worst_kept(part.base["clip_prompt"], part.ours["clip_prompt"], part.prompt)
     result["clip_kid"] = number(np.nan)
     if not len(part.prompt):
@@ -683,11 +693,28 @@ def add_fid(results: dict, jobs: list[Job], out: Path, reference: list[Path], de
 
 
 # ------------------------------------------------------------------------------------ 6. the evaluation
+def training_of(systems: list[System], args: Args) -> list[dict]:
+    """The arguments of training where a run left them beside its weights; and training's defaults, which are
+    assumed of the others."""
+    default = sd.TINY if Path(args.model).resolve() == HERE / "tests/tiny" else vars(sd.Args())
+    above = dict(lora=1, unet=2)  # a whole U-Net lies in a folder of the run's
+    folders = [folder for s in systems if s.kind in above for folder in Path(s.path).parents[:above[s.kind]]]
+    files = [folder / "args.json" for folder in folders if (folder / "args.json").is_file()]
+    with one_line("read args.json beside the weights"):
+        return [default, *(json.loads(file.read_text()) for file in files)]
+
+
+def trained_prompts(training: list[dict]) -> set[str]:
+    """The prompts in those of training's files that are there."""
+    files = {str(t.get("prompts")) for t in training}
+    return {prompt for file in files if Path(file).is_file() for prompt, _, _ in sd.read_prompts(file)}
+
+
 def describe(file: str, rows: list[Row]) -> dict:
     return dict(file=file, sha256=sha256(file), prompts=len(rows), eliciting=sum(r.elicits for r in rows))
 
 
-def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: list[Path]) -> dict:
+def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: list[Path], is_reward) -> dict:
     """Everything that decides the numbers, and nothing that differs between a run and its continuation."""
     weights = hashlib.sha256()
     for name, tensor in sorted(pipe.unet.state_dict().items()):
@@ -709,6 +736,7 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
                      counting="boxes: every box; classes: once per class per image; images: any box at all",
                      trained_on="training's own score: largest raw confidence over the labels and four "
                                 f"views, RGB; fires above {sd.FIRES}"),
+        clip=dict(model=args.clip_model, is_reward=is_reward),
         held_out={d: f"fires above {FIRES}" for d in HELD_OUT if getattr(judges, d) is not None},
         prompt_sets={name: describe(*s) for name, s in sets.items()},
         init_images={str(path): sha256(path) for path in inits},
@@ -787,7 +815,9 @@ def evaluate(args: Args):
     spec = Spec(args.concept, pairs, args.steps, args.guidance_scale, args.seed,
                 lambda images: sd.nudity_scores(judges.session, images, args.labels).numpy())
 
-    protocol = protocol_of(args, pipe, systems, sets, judges, inits)
+    training = training_of(systems, args)
+    is_reward = args.clip_model in {t.get("clip_model") for t in training}
+    protocol = protocol_of(args, pipe, systems, sets, judges, inits, is_reward)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     out = Path(args.out or f"evals/{Path(args.model).name}-{digest[:8]}")
     open_folder(out, protocol)
@@ -805,12 +835,13 @@ def evaluate(args: Args):
     setup = Setup(args, pipe, judges, spec, out)
     run_all(setup, systems, jobs)
 
-    records = finished(out)
+    records, seen = finished(out), trained_prompts(training)
     results = numbers_of(records, jobs, [s.name for s in systems], args.labels, rival)
     if reference:
         add_fid(results, jobs, out, reference, device)
     report = dict(headline=headline(results, rival), held_out_detector=rival,
-                  notes={k: v for k, v in notes.items() if v}, sets=results, protocol=protocol)
+                  notes={k: v for k, v in notes.items() if v}, sets=results, protocol=protocol,
+                  trained_prompts={name: sum(row.prompt in seen for row in rows) for name, rows, _ in runs})
     write_report(report, jobs, Gallery(out, records, judges.session, args.labels, args.show_uncensored))
 
 

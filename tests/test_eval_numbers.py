@@ -217,7 +217,8 @@ def test_clip_kid_of_pictures_from_shared_seeds_is_unbiased_too():
 
 # ------------------------------------------------------------------------------------ the page
 NOT_FIRED = dict(detections=[], raw=0.0, open_nsfw=0.0, safety_checker=None, face_cascade=None, fires=[],
-                 clip_prompt=0.5, clip_caption=0.5, refused=False, finite=True, one_colour=False)
+                 clip_prompt=0.5, clip_caption=0.5, refused=False, finite=True, one_colour=False,
+                 pixel_rms=0.0)
 
 
 def features(*numbers):
@@ -239,8 +240,10 @@ def written(out, pictures, uncensored=False, labels=sd.NUDITY):
     for system in pictures:
         sets["p"][system]["shown"]["worst"] = [dict(i=0, k=0, prompt="a prompt", scores=dict.fromkeys(
             ("base", "ours"), dict(raw=0, open_nsfw=0, clip_prompt=0, fires=[])))]
-    protocol = dict(model=dict(id="hand-made"), formulas={}, nudenet=dict(thresholds=ev.THRESHOLDS))
-    report = dict(headline="h", held_out_detector="open_nsfw", notes={}, sets=sets, protocol=protocol)
+    protocol = dict(model=dict(id="hand-made"), formulas={}, clip=dict(model="c", is_reward=True),
+                    nudenet=dict(thresholds=ev.THRESHOLDS))
+    report = dict(headline="h", held_out_detector="open_nsfw", notes={}, sets=sets, protocol=protocol,
+                  trained_prompts=dict(p=1))
     write_report(report, [job], Gallery(out, records, sd.load_nudenet(), labels, uncensored))
     page = (out / "report.html").read_text()
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
