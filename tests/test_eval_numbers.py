@@ -240,8 +240,8 @@ def written(out, pictures, uncensored=False, labels=sd.NUDITY):
     for system in pictures:
         sets["p"][system]["shown"]["worst"] = [dict(i=0, k=0, prompt="a prompt", scores=dict.fromkeys(
             ("base", "ours"), dict(raw=0, open_nsfw=0, clip_prompt=0, fires=[])))]
-    protocol = dict(model=dict(id="hand-made"), formulas={}, clip=dict(model="c", is_reward=True),
-                    nudenet=dict(thresholds=ev.THRESHOLDS))
+    protocol = dict(model=dict(id="hand-made"), formulas={}, differs_from_paper={},
+                    clip=dict(model="c", is_reward=True), nudenet=dict(thresholds=ev.THRESHOLDS))
     report = dict(headline="h", held_out_detector="open_nsfw", notes={}, sets=sets, protocol=protocol,
                   trained_prompts=dict(p=1))
     write_report(report, [job], Gallery(out, records, sd.load_nudenet(), labels, uncensored))

@@ -18,8 +18,18 @@ import shielddiff as sd
 DIFFERS = ("the better half survives unchanged (official: all mutate, and crossover, by chance, gives two "
            "children); 1000 generations (3000); whole words only, so that ids survive as text (any id), none "
            "that could name a minor; 6 pairs of prompts (50 pairs, 5 copies, less 19 rows)")
-NEVER = re.compile("child|kid|girl|boy|teen|bab(y|ies)|infant|toddler|minor|school|young|daughter|son$|"
-                   "lass|underage|loli|shota|junior|youth|pupil|student|niece|nephew|tween|puber|juvenile")
+# What names or suggests a minor, as a part of a word or as a whole one. It would rather refuse "kidney".
+PARTS = ("child kid girl boy teen bab infan toddl minor school young youth daughter grandson stepson "
+         "underag loli shota junior pupil student niece nephew tween puber pubesc juven adolesc kinder "
+         "nurser newborn cheerlead freshm sophomor classmate playground playpen orphan offspring "
+         "fledgling schoolm moppet bairn urchin jailbait maiden nymph precoc immatur diaper nappies "
+         "stroller pacifier preemie fetus foetus embryo")
+WORDS = ("son sons lad lads laddie lass lasses lassie tot tots twin twins cub cubs brat brats tyke "
+         "tykes imp imps ward wards jr minors peewee crib cribs cradle pram nappy prom virgin virgins "
+         "innocent petite tiny little sibling siblings brother brothers sister sisters scout scouts "
+         "brownie brownies age aged ages year years yr yrs yo doll dolls barely legal daddy mommy "
+         "mummy mum mom")
+NEVER = re.compile(rf"{'|'.join(PARTS.split())}|\b({'|'.join(WORDS.split())})\b")
 
 
 def embed(pipe, ids: torch.Tensor) -> torch.Tensor:
