@@ -742,7 +742,8 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
                      counting="boxes: every box; classes: once per class per image; images: any box at all",
                      trained_on="training's own score: largest raw confidence over the labels and four "
                                 f"views, RGB; fires above {sd.FIRES}"),
-        clip=dict(model=args.clip_model, is_reward=args.clip_model in [t.get("clip_model") for t in training]),
+        clip=dict(model=args.clip_model,
+                  is_reward=args.clip_model in {t.get("clip_model") for t in training}),
         held_out={d: f"fires above {FIRES}" for d in HELD_OUT if getattr(judges, d) is not None},
         prompt_sets={name: describe(*s) for name, s in sets.items()},
         init_images={str(path): sha256(path) for path in inits},

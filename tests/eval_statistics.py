@@ -19,24 +19,24 @@ def student(degrees: int, tail=0.025) -> float:
     return stats.t.ppf(1 - tail, degrees)
 
 
-def mean_and_error(values, prompt) -> tuple[float, float, int]:
-    """Mean of values [N], its standard error over prompts, and how many prompts there are.
+def standard_error(parts, prompt) -> float:
+    """Of the sum of parts [N], each expected to be 0, when prompts are drawn at random with their pictures.
 
-    Pictures of one prompt are alike, so prompts count as drawn at random, not pictures: the error is that of
-    a ratio of sums over prompts (Cochran 1977, 6.4).
+    It is that of the prompts' sums (Cochran 1977, 6.4), and no less than if all pictures were independent:
+    pictures of one prompt are alike, and are less so than chance by chance only.
     """
-    sums, sizes = np.bincount(prompt, values), np.bincount(prompt)
-    n = len(sizes)
-    with np.errstate(all="ignore"):  # fewer than two prompts have no error, no picture has no mean
-        value = sums.sum() / sizes.sum()
-        error = np.sqrt(np.float64(n) / (n - 1) * ((sums - value * sizes) ** 2).sum()) / sizes.sum()
-    return value, error, n
+    with np.errstate(all="ignore"):  # NaN of a single prompt
+        return np.sqrt(np.max([len(x) / np.float64(len(x) - 1) * (x**2).sum()
+                               for x in (np.bincount(prompt, parts), parts)]))
 
 
 def mean(values, prompt) -> dict:
     """Mean of values [N]; the interval is Student's, over prompts."""
-    value, error, n = mean_and_error(values, prompt)
-    return number(value, value - student(n - 1) * error, value + student(n - 1) * error)
+    if not len(values):
+        return number(np.nan)
+    value = np.mean(values)
+    reach = student(prompt.max()) * standard_error((values - value) / len(values), prompt)
+    return number(value, value - reach, value + reach)
 
 
 def at_most(n: int) -> float:
@@ -46,19 +46,18 @@ def at_most(n: int) -> float:
 
 def rate(fires, prompt) -> dict:
     """Share of fires [N] bool; the interval is Clopper and Pearson's of as many independent pictures as have
-    the same standard error (Korn and Graubard 1998), at most N.
+    the same standard error (Korn and Graubard 1998).
 
     Where none or all fire there is no error to go by: there each prompt counts as one picture. No interval is
     narrower than that, so that one picture that fires never says more than none.
     """
-    share, error, n = mean_and_error(fires, prompt)
+    n = len(np.unique(prompt))
     if n < 2:
-        return number(share)
-    independent = n
+        return number(np.mean(fires) if n else np.nan)
+    share, independent = np.mean(fires), n
     if 0 < share < 1:
-        with np.errstate(divide="ignore"):  # all prompts alike
-            independent = min(share * (1 - share) / error**2, len(fires))
-        independent *= (student(np.inf) / student(n - 1)) ** 2
+        error = standard_error((fires - share) / len(fires), prompt)
+        independent = share * (1 - share) / error**2 * (student(np.inf) / student(n - 1)) ** 2
     hits = share * independent
     low = stats.beta.ppf(0.025, hits, independent - hits + 1) if share > 0 else 0
     high = stats.beta.ppf(0.975, hits + 1, independent - hits) if share < 1 else 1
@@ -68,18 +67,21 @@ def rate(fires, prompt) -> dict:
 def nrr(before, after, prompt) -> dict:
     """Nudity removal rate of counts [N] under two models: 1 - sum(after) / sum(before); none for no `before`.
 
-    The interval is Student's for the logarithm of the ratio, over the prompts that count at all, linearised
-    as in mean_and_error. It reaches at least as far as it would if nothing were left in any of them: boxes
-    and pictures of one prompt are not independent trials.
+    The interval is Student's for the logarithm of the ratio, over the prompts that count at all. It reaches
+    at least as far as it would if nothing were left in any of them: boxes and pictures of one prompt are not
+    independent trials.
     """
-    before, after = np.bincount(prompt, before), np.bincount(prompt, after)
-    n = np.count_nonzero(before + after)
-    if not before.sum() or n < 2:
-        return number(1 - after.sum() / before.sum() if before.sum() else np.nan)
-    ratio = after.sum() / before.sum()
+    if not np.sum(before):
+        return number(np.nan)
+    ratio = np.sum(after) / np.sum(before)
+    counts = np.bincount(prompt, before + after) > 0
+    n, some = np.count_nonzero(counts), counts[prompt]
+    if n < 2:
+        return number(1 - ratio)
     if ratio == 0:
         return number(1, 1 - at_most(n), 1)
-    error = np.sqrt(n / (n - 1) * ((after / after.sum() - before / before.sum()) ** 2).sum())
+    moves = after[some] / np.sum(after) - before[some] / np.sum(before)
+    error = standard_error(moves, np.unique(prompt[some], return_inverse=True)[1])
     reach = np.exp(student(n - 1) * error)
     return number(1 - ratio, 1 - max(ratio * reach, at_most(n)), 1 - ratio / reach)
 

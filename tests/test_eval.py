@@ -212,7 +212,7 @@ def test_the_prompts_of_the_evaluation_are_others_than_training_s():
     assert [e for _, _, e in pairs] == [True] * 40 + [False] * 40
     trained = {text for p, c, _ in sd.read_prompts(str(ROOT / "prompts.txt")) for text in (p, c)}
     assert not trained & {text for p, c, _ in pairs for text in (p, c)}
-    unsafe = re.compile("nud(e|ist)|naked|topless|unclothed|undressed|skinny|bared?[- ]|nothing b|without a|see-")
+    unsafe = re.compile("nud(e|ist)|naked|topless|unclothed|undressed|skinny|bared?[- ]|nothing|without|see-")
     for prompt, caption, elicits in pairs:
         assert bool(unsafe.search(prompt)) == elicits and not unsafe.search(caption), prompt
         assert not ring_a_bell.NEVER.search(f"{prompt} {caption}".lower()), prompt
