@@ -108,6 +108,14 @@ def test_nrr_where_there_is_nothing_or_more_than_before():
     assert es.nrr(np.zeros(3), np.ones(3), prompt) == dict(value=None, low=None, high=None)
 
 
+def test_nrr_is_over_the_prompts_that_count_at_all():
+    """Where neither model draws anything there is nothing to learn: two prompts of five, or one, are left."""
+    two, one, prompt = np.array([1, 1, 0, 0, 0]), np.array([1, 0, 0, 0, 0]), np.arange(5)
+    assert es.nrr(two, 0 * two, prompt) == dict(value=1, low=pytest.approx(0.025 ** (1 / 2)), high=1)
+    assert es.nrr(two, one, prompt) == es.nrr(two[:2], one[:2], prompt[:2])
+    assert es.nrr(one, 0 * one, prompt) == dict(value=1, low=None, high=None)
+
+
 def test_nrr_does_not_count_boxes_or_pictures_as_trials():
     """All gone of 4 prompts, with 1 box or with 50 in each of 8 pictures: 0.025^(1/4) is left uncertain."""
     for boxes, pictures in ((1, 1), (50, 8)):
