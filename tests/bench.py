@@ -4,6 +4,7 @@
     python tests/bench.py --sections speed --model sd15    # an SD-1.5-sized model of random weights (CUDA)
     python tests/bench.py --sections target                # ours against a faithful DDPO: an hour on a CPU
     python tests/bench.py --sections memory cost           # SD 1.5 at 512 px on paper: no GPU, no download
+    python tests/bench.py --sections coverage              # how often eval.py's intervals hold the truth
     python tests/bench.py --sections sd15 --model DIR      # only write that random pipeline to DIR
 """
 import contextlib
@@ -34,6 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import eval_coverage  # noqa: E402
+
 import shielddiff as sd  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -48,7 +51,7 @@ CLIP_15 = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
 class Bench:
     """What to measure."""
 
-    sections: tuple[Literal["speed", "growth", "target", "memory", "cost", "sd15"], ...] = (
+    sections: tuple[Literal["speed", "growth", "target", "memory", "cost", "coverage", "sd15"], ...] = (
         "speed", "growth", "memory", "cost")
     """sd15 writes a random SD-1.5-sized pipeline to --model and its CLIP to --model/clip"""
     model: str = "tiny"
@@ -346,6 +349,12 @@ def cost(bench: Bench) -> list[dict]:
     total = args.steps * sum(step.values())
     return [dict(call=sample, call_and_gradient=learn) | step | dict(
         run=total, **{f"hours at {rate} TFLOP/s": total / rate / 3600 for rate in (20, 50, 200)})]
+
+
+# ------------------------------------------------------------------------------------ eval.py's intervals
+def coverage(bench: Bench) -> list[dict]:
+    """How often each 95 % interval that eval.py prints holds the truth, on 2000 simulated evaluations."""
+    return eval_coverage.table()
 
 
 # ------------------------------------------------------------------------------------ time to target
