@@ -103,50 +103,48 @@ def write_sd15(folder: str):
 
 
 # ------------------------------------------------------------------------------------ speed
-class Rig:
-    """A loaded model that samples and learns with random rewards."""
+def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None = None) -> sd.Run:
+    """What sd.set_up makes of a model and its files: without the reward, whose place random numbers take."""
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, dict(fp32="float32", bf16="bfloat16", fp16="float16")[args.precision]), \
+        "cuda" if CUDA else "cpu"
+    pipe = sd15(dtype) if model == "sd15" else sd.load_pipeline(
+        str(ROOT / "tests/tiny") if model == "tiny" else model, dtype, device)
+    if pixels:
+        pipe.unet.register_to_config(sample_size=pixels // pipe.vae_scale_factor)
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
+                       args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
+    context = sd.encode_prompts(pipe, prompts)
+    pipe.text_encoder = None
+    sd.pick_attention(pipe.unet, args.attention, dtype)
+    sd.make_trainable(pipe.unet, args.lora_rank)
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    adamw = sd.RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+    optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
+    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, None, optimizer,
+                  torch.amp.GradScaler(device, enabled=args.precision == "fp16"), None)
 
-    def __init__(self, model: str, args: sd.Args, pixels: int | None = None):
-        torch.manual_seed(0)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-        device, self.args = "cuda" if CUDA else "cpu", args
-        pipe = sd15(dtype) if model == "sd15" else sd.load_pipeline(
-            str(ROOT / "tests/tiny") if model == "tiny" else model, dtype, device)
-        if pixels:
-            pipe.unet.register_to_config(sample_size=pixels // pipe.vae_scale_factor)
-        self.pipe = pipe
-        self.rewarded = args.prompts_per_step * args.group_size
-        n = self.rewarded + (args.held_per_step if args.kl_weight else 0)
-        self.context = sd.encode_prompts(pipe, ["an astronaut"] * n)
-        pipe.text_encoder = None
-        self.policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
-                                args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
-        sd.make_trainable(pipe.unet, args.lora_rank)
-        self.attention = sd.pick_attention(pipe.unet, args.attention, dtype)
-        if args.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        if args.compile:
-            pipe.unet.compile_repeated_blocks()
-        adamw = sd.RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW
-        self.optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
-        self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
 
-    def step(self) -> dict:
-        """One rollout and its updates: seconds a picture, and peak memory."""
-        args, n = self.args, self.context.shape[1]
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-        start = clock()
-        gens = [sd.generator("bench", i) for i in range(n)]
-        latents, log_prob, _ = sd.rollout(self.policy, self.pipe.vae, self.context, gens, args.micro_batch)
-        middle = clock()
-        held = torch.arange(n) >= self.rewarded
-        steps = torch.stack([torch.randperm(sd.trainable(args))[:args.train_timesteps] for _ in range(n)])
-        learned = sd.update(args, self.policy, self.context, latents, log_prob, torch.randn(n) * ~held, held,
-                            steps, self.optimizer, self.scaler)
-        end = clock()
-        return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
-                    peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0)
+def draw_all(run: sd.Run, generators) -> sd.Rollout:
+    """A rollout of all prompts of the run, none judged."""
+    return sd.rollout(run, run.context, torch.ones(run.context.shape[1], dtype=torch.bool), generators)
+
+
+def step(run: sd.Run) -> dict:
+    """One rollout and its updates: seconds a picture, and peak memory."""
+    args, n = run.args, run.context.shape[1]
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    start = clock()
+    roll = draw_all(run, [sd.generator("bench", i) for i in range(n)])
+    middle = clock()
+    held = torch.arange(n) >= args.prompts_per_step * args.group_size
+    steps = torch.stack([torch.randperm(sd.trainable(args))[:args.train_timesteps] for _ in range(n)])
+    learned = sd.update(run, roll._replace(held=held, advantage=torch.randn(n) * ~held, steps=steps))
+    end = clock()
+    return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
+                peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0)
 
 
 def clock() -> float:
@@ -163,24 +161,25 @@ def compare(variants: dict[str, dict], model: str, base: sd.Args, repeats: int) 
         try:
             changes, pixels = dict(changes), changes.get("pixels")
             changes.pop("pixels", None)
-            rig = Rig(model, dataclasses.replace(base, **changes), pixels)
-            with contextlib.nullcontext() if CUDA else Allocated(rig.pipe.unet) as tracker:
-                rig.step()  # warm-up
-            rows.append(dict(name=name, rig=rig, runs=[], peak_gb=0 if CUDA else tracker.peak / 2**30))
+            args = dataclasses.replace(base, **changes)
+            pictures = args.prompts_per_step * args.group_size + (args.held_per_step if args.kl_weight else 0)
+            run = load_run(model, args, ["an astronaut"] * pictures, pixels)
+            with contextlib.nullcontext() if CUDA else Allocated(run.policy.unet) as tracker:
+                step(run)  # warm-up
+            rows.append(dict(name=name, run=run, runs=[], peak_gb=0 if CUDA else tracker.peak / 2**30))
             if CUDA:
-                rows[-1]["runs"] = [rig.step() for _ in range(repeats)]
-                rows[-1]["attention"] = rig.attention
-                del rows[-1]["rig"], rig
+                rows[-1]["runs"] = [step(run) for _ in range(repeats)]
+                del rows[-1]["run"], run
                 torch.cuda.empty_cache()
         except (torch.OutOfMemoryError, RuntimeError, SystemExit) as error:
             rows.append(dict(name=name, runs=[], error=str(error).splitlines()[0][:80]))
     for _ in range(0 if CUDA else repeats):
         for row in rows:
-            if "rig" in row:
-                row["runs"].append(row["rig"].step())
+            if "run" in row:
+                row["runs"].append(step(row["run"]))
     table = []
     for row in rows:
-        row.pop("rig", None)
+        row.pop("run", None)
         median = {k: statistics.median(r[k] for r in row["runs"]) for k in ("rollout", "update", "ratio")} \
             if row["runs"] else {}
         if CUDA:
@@ -200,7 +199,7 @@ def speed(bench: Bench) -> list[dict]:
     else:
         variants |= {"SDPA attention": dict(attention="sdpa"), "no checkpointing": dict(
             gradient_checkpointing=False), "fp16": dict(precision="fp16"), "fp32": dict(precision="fp32"),
-            "compile": dict(compile=True), "whole U-Net": dict(lora_rank=0, kl_weight=0.0)}
+            "whole U-Net": dict(lora_rank=0, kl_weight=0.0)}
         variants |= {f"micro-batch {b}": dict(micro_batch=b) for b in (1, 2, 8)}
     return compare(variants, bench.model, base, bench.repeats)
 
@@ -365,7 +364,7 @@ def faithful_ddpo():
     detector, seen = NudeDetector(), {}
     current = []
 
-    def detected(session, images, labels, chunk=16):
+    def detected(session, images, labels):
         return torch.tensor([max([d["score"] for d in detector.detect(np.ascontiguousarray(i))
                                   if d["class"] in labels], default=0.0) for i in images])
 
@@ -374,14 +373,14 @@ def faithful_ddpo():
         current[:] = chosen or current  # the benign ones, of which it has none, are asked for last
         return chosen
 
-    def advantages(clip_scores, nudity, clip_weight, nudity_weight, advantage_clip):
+    def advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0):
         rewards = clip_weight * clip_scores - nudity_weight * nudity  # [P, K]
         result = torch.empty_like(rewards)
         for i, prompt in enumerate(current):
             buffer = seen[prompt] = (seen.get(prompt, []) + rewards[i].tolist())[-32:]
             known = torch.tensor(buffer) if len(buffer) >= 16 else rewards.flatten()
             result[i] = (rewards[i] - known.mean()) / (known.std() + 1e-8)
-        return result.clamp(-advantage_clip, advantage_clip)
+        return result.clamp(-clamp, clamp)
 
     return dict(nudity_scores=detected, prompts_of_step=prompts_of_step, group_advantages=advantages)
 
@@ -405,12 +404,14 @@ def target(bench: Bench) -> list[dict]:
         folder, kept = Path("runs") / f"bench-{name.replace(' ', '-')}", []
         shutil.rmtree(folder, ignore_errors=True)
         deadline = time.time() + 60 * bench.target_minutes
-        late = type("Late", (list,), {"__bool__": lambda self, d=deadline: time.time() > d})([15])
 
-        def keep(unet, rank, out, kept=kept):
+        def keep(run, metrics, out, kept=kept, deadline=deadline):
+            unet = run.policy.unet
             kept.append({k: v.detach().clone() for k, v in unet.named_parameters() if v.requires_grad})
+            if time.time() > deadline:
+                raise KeyboardInterrupt
 
-        patches = dict(save_weights=keep, asked=late, **(faithful_ddpo() if name == "faithful DDPO" else {}))
+        patches = dict(save=keep, **(faithful_ddpo() if name == "faithful DDPO" else {}))
         with contextlib.ExitStack() as stack:
             for k, v in patches.items():
                 stack.enter_context(mock.patch.object(sd, k, v))
@@ -436,21 +437,15 @@ def target(bench: Bench) -> list[dict]:
 def judge(lora: dict) -> dict:
     """Face rate on 48 held-out pictures and CLIP against the safe captions, of weights kept by target()."""
     args = tiny_args()
-    pipe = sd.load_pipeline(args.model)
-    sd.make_trainable(pipe.unet, args.lora_rank)
-    for name, p in pipe.unet.named_parameters():
-        if name in lora:
-            p.copy_(lora[name])
     pairs = sd.read_prompts(args.prompts)
     clip, processor = sd.load_clip(args.clip_model)
-    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 20), 3.0,
-                       contextlib.nullcontext())  # eval.py's steps and guidance, not training's
+    args = dataclasses.replace(args, denoise_steps=20, guidance_scale=3.0)  # eval.py's, not training's
     scores = {}
     for kind in (True, False):
         some = [p for p in pairs if p[2] == kind] * (3 if kind else 2)
-        context = sd.encode_prompts(pipe, [p for p, _, _ in some])
-        gens = [sd.generator("held-out", kind, i) for i in range(len(some))]
-        images = sd.rollout(policy, pipe.vae, context, gens, 16)[2]
+        run = load_run(args.model, args, [p for p, _, _ in some])
+        run.policy.unet.load_state_dict(lora, strict=False)
+        images = draw_all(run, [sd.generator("held-out", kind, i) for i in range(len(some))]).images
         captions = sd.caption_features(clip, processor, [c for _, c, _ in some])
         scores[kind] = (sd.image_features(clip, processor, images) * captions).sum(1).mean().item()
         if kind:

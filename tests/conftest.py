@@ -1,8 +1,7 @@
 """One real run and its portraits, shared by every test that looks at what a run leaves behind."""
-import gc
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +33,21 @@ SMALL = ("--model", "tests/tiny", "--prompts", "tests/tiny/prompts_few.txt", "--
 
 def train(*arguments):
     """The command line without the ten seconds that a new process takes to import everything."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sd.asked.clear()
-    gc.collect()  # closes the lock of a run that an exception ended
-    try:
-        sd.train_within_memory(sd.parse_args(list(map(str, arguments))))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    sd.train(sd.parse_args(list(map(str, arguments))))
+
+
+def a_run(pipe, prompts=("an astronaut",), rank=4, optimizer=None, **changes):
+    """What sd.set_up makes of a pipeline and prompts, without a reward: its LoRA is still zero."""
+    args = sd.Args(**sd.TINY | dict(denoise_steps=5, guidance_scale=3.0, lora_rank=rank)
+                   | changes)
+    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
+                       args.guidance_scale, contextlib.nullcontext())
+    sd.make_trainable(pipe.unet, rank)
+    trained = [p for p in pipe.unet.parameters() if p.requires_grad]
+    context = sd.encode_prompts(pipe, prompts)
+    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, None,
+                  (optimizer or torch.optim.SGD)(trained, lr=0.0), torch.amp.GradScaler("cpu", enabled=False),
+                  None)
 
 
 def stock_pipeline(lora=None, name=None):

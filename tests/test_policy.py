@@ -1,17 +1,17 @@
 """The policy and the update against diffusers, torch.distributions and cases computed by hand."""
-import contextlib
+import dataclasses
 import math
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, a_run
 from diffusers import DDIMScheduler
 
 import shielddiff as sd
 
 SD_CONFIG = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                  set_alpha_to_one=False, steps_offset=1)
-ON_CPU = contextlib.nullcontext()
+NONE_JUDGED = torch.ones(4, dtype=bool)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -74,40 +74,31 @@ def test_a_scheduler_config_without_clip_sample_does_not_clip():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_ratio_of_an_unchanged_policy_is_exactly_one(precision):
-    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"), precision)
-    sd.make_trainable(pipe.unet, 4)
-    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
-    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 4), 3.0, autocast)
-    context = sd.encode_prompts(pipe, ["an astronaut", "a cat", "a rocket", "an astronaut"])
-    seeds = [sd.generator("t", i) for i in range(4)]
-    latents, log_prob, images = sd.rollout(policy, pipe.vae, context, seeds, 2)
-    assert latents.shape == (4, 5, 4, 16, 16) and latents.dtype == torch.float32
-    assert images.shape == (4, 64, 64, 3) and log_prob.shape == (4, 4)
-    steps = torch.tensor([[0, 1], [3, 2]])  # [micro-batch, picture]: every picture at a step of its own
-    for chunk in (slice(0, 2), slice(2, 4)):
-        rows = torch.arange(4)[chunk]
-        for s in steps:
-            output = sd.predict_noise(policy, latents[rows, s], policy.schedule.timesteps[s],
-                                      context[:, chunk])
-            assert output.requires_grad  # as in the update
-            new = sd.ddim_step(output, latents[rows, s], policy.schedule.alpha[s],
-                               policy.schedule.alpha_prev[s], prev_sample=latents[rows, s + 1])[1]
-            assert torch.equal((new - log_prob[rows, s]).exp(), torch.ones(2))
+    run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny"), precision),
+                ["an astronaut", "a cat", "a rocket", "an astronaut"], micro_batch=2, denoise_steps=4)
+    run.policy.autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    roll = sd.rollout(run, run.context, NONE_JUDGED, [*map(sd.generator, range(4))])
+    assert roll.latents.shape == (4, 5, 4, 16, 16) and roll.latents.dtype == torch.float32
+    assert roll.images.shape == (4, 64, 64, 3) and roll.log_prob.shape == (4, 4) and roll.nudity.shape == (0,)
+    roll = roll._replace(advantage=torch.ones(4), held=~NONE_JUDGED)
+    for rows in (torch.tensor([0, 1]), torch.tensor([2, 3])):
+        for s in (torch.tensor([0, 3]), torch.tensor([1, 2])):  # every picture at a step of its own
+            loss, ratio, _ = sd.losses(run.args, run.policy, roll, rows, s)
+            assert loss.requires_grad and torch.equal(ratio, torch.ones(2))  # as in the update
 
 
 def test_pictures_do_not_depend_on_the_batch_size_and_stock_diffusers_draws_them_too(pipe):
-    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 6), 3.0, ON_CPU)
-    prompts = ["an astronaut", "a cat", "a rocket"]
-    context = sd.encode_prompts(pipe, prompts)
-
     def seeds():
         return [sd.generator("batch", i) for i in range(3)]
 
-    one, three = (sd.rollout(policy, pipe.vae, context, seeds(), b)[2].astype(int) for b in (1, 3))
-    assert abs(one - three).max() <= 1  # a rounding of the last bit
+    prompts, held = ["an astronaut", "a cat", "a rocket"], torch.ones(3, dtype=bool)
     stock = pipe(prompts, num_inference_steps=6, guidance_scale=3.0, eta=1.0, generator=seeds(),
-                 output_type="np")
-    assert abs((stock.images * 255).round() - three).max() <= 1
+                 output_type="np").images
+    run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny")), prompts, denoise_steps=6)
+    one, three = (sd.rollout(run._replace(args=dataclasses.replace(run.args, micro_batch=b)), run.context,
+                             held, seeds()).images.astype(int) for b in (1, 3))
+    assert abs(one - three).max() <= 1  # a rounding of the last bit
+    assert abs((stock * 255).round() - three).max() <= 1
 
 
 def test_advantages_are_float_centred_zero_for_constant_groups_and_finite_for_a_group_of_one():
@@ -121,9 +112,9 @@ def test_advantages_are_float_centred_zero_for_constant_groups_and_finite_for_a_
 
 def test_advantages_combine_the_weights_and_clip():
     clip, nudity = torch.tensor([[0.2, 0.4]]), torch.tensor([[0.9, 0.1]])
-    a = sd.group_advantages(clip, nudity, clip_weight=0.5, nudity_weight=2.0, advantage_clip=10)
+    a = sd.group_advantages(clip, nudity, clip_weight=0.5, nudity_weight=2.0, clamp=10)
     torch.testing.assert_close(a, torch.tensor([[-2.5, 2.5]]))
-    assert sd.group_advantages(clip, nudity, 0.5, 2.0, advantage_clip=1).abs().max() == 1
+    assert sd.group_advantages(clip, nudity, 0.5, 2.0, clamp=1).abs().max() == 1
     assert sd.group_advantages(clip, nudity, 0.0, 0.0, 5).abs().max() == 0
 
 
@@ -147,31 +138,34 @@ def test_at_ratio_one_the_gradient_is_reinforce():
 
 
 class Plain(torch.optim.SGD):
-    """Gradient descent that keeps the last gradient, so that a test can read what the update accumulated."""
+    """Gradient descent that keeps every gradient, so that a test can read what the update accumulated."""
 
     def step(self, closure=None):
-        self.seen = [p.grad.clone() for g in self.param_groups for p in g["params"]]
+        self.seen = getattr(self, "seen", []) + [torch.cat([p.grad.flatten() for g in self.param_groups
+                                                            for p in g["params"]])]
 
 
-def gradients(micro_batch, advantages=(1.0, -2.0, 0.5, 0.5), held=(True, False, True, False)):
-    """What one update accumulates over four pictures, of a LoRA that is no longer zero."""
+ADVANTAGE, HELD = torch.tensor([0.0, -2.0, 0.0, 0.5]), torch.tensor([True, False, True, False])
+STEPS = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])  # [pictures, timesteps trained]
+
+
+def four_pictures(**changes):
+    """A run whose LoRA is no longer zero, and a rollout of four pictures, two of them held."""
     torch.manual_seed(0)
-    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
-    sd.make_trainable(pipe.unet, 4)
-    with torch.no_grad():
-        for name, p in pipe.unet.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.02)
-    args = sd.Args(micro_batch=micro_batch, denoise_steps=5, train_timesteps=2, updates_per_step=1,
-                   clip_range=1e-3)
-    policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, 5), 3.0, ON_CPU)
-    context = sd.encode_prompts(pipe, ["an astronaut"] * 4)
-    latents, log_prob, _ = sd.rollout(policy, pipe.vae, context, [*map(sd.generator, range(4))], micro_batch)
-    optimizer = Plain([p for p in pipe.unet.parameters() if p.requires_grad], lr=0.0)
-    steps = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])  # [pictures, timesteps trained]
-    sd.update(args, policy, context, latents, log_prob, torch.tensor(advantages), torch.tensor(held), steps,
-              optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    return torch.cat([g.flatten() for g in optimizer.seen])
+    run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny")), ["an astronaut"] * 4, optimizer=Plain,
+                **dict(train_timesteps=2, updates_per_step=1, clip_range=1e-3, kl_weight=10.0) | changes)
+    for name, p in run.policy.unet.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.02)
+    roll = sd.rollout(run, run.context, NONE_JUDGED, [*map(sd.generator, range(4))])
+    return run, roll._replace(advantage=ADVANTAGE, held=HELD, steps=STEPS)
+
+
+def gradients(micro_batch, advantage=ADVANTAGE, held=HELD):
+    """What one update accumulates over four pictures."""
+    run, roll = four_pictures(micro_batch=micro_batch)
+    sd.update(run, roll._replace(advantage=advantage, held=held))
+    return run.optimizer.seen[0] if hasattr(run.optimizer, "seen") else torch.zeros(1)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
@@ -180,13 +174,13 @@ def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
 
 
 def test_groups_without_signal_cost_no_unet_call_and_change_no_gradient(monkeypatch):
-    advantages, held = (0.0, 0.0, 0.5, -0.5), (False,) * 4
-    whole, calls, predict_noise = gradients(4, advantages, held), [], sd.predict_noise
-    monkeypatch.setattr(sd, "predict_noise", lambda *a: calls.append(a[1].shape[0]) or predict_noise(*a))
-    torch.testing.assert_close(gradients(2, advantages, held), whole, atol=1e-6, rtol=1e-3)
+    advantage, held = torch.tensor([0.0, 0.0, 0.5, -0.5]), torch.zeros(4, dtype=bool)
+    whole, calls, act = gradients(4, advantage, held), [], sd.act
+    monkeypatch.setattr(sd, "act", lambda *a, **k: calls.append(len(a[1])) or act(*a, **k))
+    torch.testing.assert_close(gradients(2, advantage, held), whole, atol=1e-6, rtol=1e-3)
     assert calls == [2] * (2 * 5 + 2)  # two micro-batches of five steps each, then one at its two timesteps
     monkeypatch.undo()
-    assert gradients(2, (0.0,) * 4, held).abs().max() == 0
+    assert gradients(2, torch.zeros(4), held).abs().max() == 0  # no update at all
 
 
 def test_small_updates_of_bf16_weights_are_not_rounded_away():

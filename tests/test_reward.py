@@ -39,10 +39,10 @@ def test_the_score_is_the_largest_over_views_so_never_below_one_view_and_mirror_
     assert sd.nudity_scores(session, np.zeros((1, 64, 64, 3), np.uint8), FACES).item() < 0.05
 
 
-def test_scores_do_not_depend_on_the_chunk(session):
+def test_scores_do_not_depend_on_the_batch(session):
     images = np.stack([np.roll(astronaut((96, 96)), i * 9, axis=1) for i in range(5)])
-    a, b = (sd.nudity_scores(session, images, FACES, chunk=c) for c in (2, 5))
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    one_by_one = torch.cat([sd.nudity_scores(session, image[None], FACES) for image in images])
+    torch.testing.assert_close(sd.nudity_scores(session, images, FACES), one_by_one, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((1, 64, 64, 3), np.float32), np.zeros((64, 64, 3), np.uint8),
@@ -64,7 +64,7 @@ def test_clip_prefers_the_matching_caption_and_truncates_long_ones():
     cosine = features @ captions.T
     assert cosine[:, :len(kinds)].argmax(dim=1).tolist() == [i for i in range(len(kinds)) for _ in range(4)]
     torch.testing.assert_close(captions.norm(dim=1), torch.ones(len(kinds) + 1))
-    one_by_one = sd.image_features(clip, processor, images, chunk=1)
+    one_by_one = torch.cat([sd.image_features(clip, processor, image[None]) for image in images])
     torch.testing.assert_close(features, one_by_one, atol=1e-5, rtol=0)
 
 
@@ -84,7 +84,7 @@ def test_pixelate_hides_what_only_the_mirrored_view_shows_and_survives_boxes_in_
     def box(cx):
         def raw(_, images, r):
             seen = float(images[0, 0, 0].any())
-            return np.array([[[cx * r], [r / 8], [r / 4], [r / 4], *[[seen]] * 18]])  # [1, 4 + 18, 1 anchor]
+            return np.array([[[cx * 64.0], [8.0], [16.0], [16.0], *[[seen]] * 18]])  # [1, 4 + 18, 1 anchor]
         return raw
 
     monkeypatch.setattr(sd, "nudenet_raw", box(1 / 8))
@@ -92,3 +92,13 @@ def test_pixelate_hides_what_only_the_mirrored_view_shows_and_survives_boxes_in_
     assert changed[:16, 48:].mean() > 0.9 and not changed[:, :47].any() and not changed[17:].any()
     monkeypatch.setattr(sd, "nudenet_raw", box(7 / 8))
     assert np.array_equal(sd.pixelate(None, pixels[:, :, :32]), pixels[:, :, :32])
+
+
+@pytest.mark.parametrize("resolution", [320, 256, 96])
+def test_boxes_are_in_the_picture_s_pixels_whatever_the_resolution(session, resolution):
+    """Against the box of NudeNet's own detect."""
+    image = astronaut((300, 200))
+    (left, top, w, h), = [d["box"] for d in NudeDetector().detect(image) if d["class"] == "FACE_FEMALE"]
+    raw = sd.nudenet_raw(session, image[None], resolution)[0]  # [22, anchors]
+    best = raw[:4, raw[4 + sd.LABELS.index("FACE_FEMALE")].argmax()]
+    assert best == pytest.approx([left + w / 2, top + h / 2, w, h], abs=6)
