@@ -712,9 +712,13 @@ def training_of(systems: list[System], args: Args) -> list[dict]:
 
 
 def trained_prompts(training: list[dict]) -> set[str]:
-    """The prompts in those of training's files that are there."""
-    files = {str(t.get("prompts")) for t in training}
-    return {prompt for file in files if Path(file).is_file() for prompt, _, _ in sd.read_prompts(file)}
+    """The prompts of training: a run's args.json holds them; training's defaults name their file."""
+    seen = set()
+    for prompts in (t.get("prompts", []) for t in training):
+        if isinstance(prompts, str):
+            prompts = sd.read_prompts(prompts) if Path(prompts).is_file() else []
+        seen |= {prompt for prompt, *_ in prompts}
+    return seen
 
 
 def describe(file: str, rows: list[Row]) -> dict:

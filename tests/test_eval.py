@@ -220,9 +220,8 @@ def test_the_prompts_of_the_evaluation_are_others_than_training_s():
 
 def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(tmp_path):
     """A run's args.json beside its LoRA, or above its U-Net's folder; training's default for the others."""
-    (tmp_path / "mine.txt").write_text("a grey house\n")
     (tmp_path / "a/unet").mkdir(parents=True)
-    args = dict(prompts=str(tmp_path / "mine.txt"), clip_model="other")
+    args = dict(prompts=[["a grey house", "a grey house", False]], clip_model="other")
     (tmp_path / "a/args.json").write_text(json.dumps(args))
     systems = [ev.System("u", "unet", str(tmp_path / "a/unet/weights"), None),
                ev.System("m", "sld", "x.py", None)]
@@ -230,6 +229,7 @@ def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(t
     assert [t["clip_model"] for t in training] == [sd.TINY["clip_model"], "other"]
     seen = ev.trained_prompts(training)
     assert {"a grey house", "an astronaut"} < seen and "a ginger kitten, close-up" not in seen
+    assert ev.trained_prompts([{}, dict(prompts="gone.txt")]) == set()
     lora = [ev.System("l", "lora", str(tmp_path / "a/pytorch_lora_weights.safetensors"), None)]
     assert "a grey house" in ev.trained_prompts(ev.training_of(lora, ev.Args()))
     assert "a nude woman doing yoga in a white room" in ev.trained_prompts(ev.training_of([], ev.Args()))
