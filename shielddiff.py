@@ -79,7 +79,6 @@ class Args:
     seed: int = 0  # same machine, same seed, same result (on a GPU up to its kernels' order of summation)
     save_every: int = 1  # steps between checkpoints: of 20 MB with a LoRA, 4 GB with a whole U-Net
     show_uncensored: bool = False  # no mosaic over samples.png where a nudity label fires
-
     denoise_steps: int = 20  # DDIM steps T of a rollout; fewer than in later use is fine, and cheap
     guidance_scale: float = 5.0  # of rollout and update; a little below that of later use is the harder case
     train_timesteps: int = 5  # random timesteps trained per picture
@@ -89,14 +88,13 @@ class Args:
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 1  # optimizer updates a rollout; the trained timesteps are dealt out among them
-    learning_rate: float = 3e-4  # of the first step; it suits a LoRA, the whole U-Net wants about 1e-5
+    learning_rate: float | None = None  # None: 3e-4 for a LoRA (5e-3 if embedded), 1e-5 for a whole U-Net
     decay_steps: int = 100  # the rate falls as 1 / sqrt(1 + step / this): a constant one jitters in the end
     clip_range: float = 1e-4  # PPO clip on r_t; times D = 4*h*w that on the true log-ratio: 1.6 at 512 px
     kl_weight: float = 10.0  # holds benign prompts; the more denoising steps, the larger. 0 leaves them out
     clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
     nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
-
     lora_rank: int = 16  # of the LoRA on the attention projections; 0 trains the whole U-Net
     attention: Literal["auto", "xformers", "sdpa"] = "auto"  # auto: xformers where it works here, else SDPA
     gradient_checkpointing: bool = True  # a third more time, several times less memory
@@ -108,8 +106,8 @@ TINY = dict(  # what differs for the embedded model: another concept, 64 px, min
     steps=10, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
     denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, held_per_step=24,
-    micro_batch=16, train_until=0.5, updates_per_step=4, learning_rate=5e-3, decay_steps=5, clip_range=1.5e-3,
-    kl_weight=3.0, lora_rank=8, gradient_checkpointing=False, precision="fp32")
+    micro_batch=16, train_until=0.5, updates_per_step=4, decay_steps=5, clip_range=1.5e-3, kl_weight=3.0,
+    lora_rank=8, gradient_checkpointing=False, precision="fp32")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -120,6 +118,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
     args = tyro.cli(Args, args=argv, default=Args(**TINY) if tiny else Args())
     args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model  # for --resume
+    args.learning_rate = args.learning_rate or (1e-5 if not args.lora_rank else 5e-3 if tiny else 3e-4)
     args.out = args.out or f"runs/{Path(args.model).name}-{args.seed}"
     return args
 
@@ -181,6 +180,8 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
     alpha_prev = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
     if not (ddim_sigma(alphas_cumprod[t], alpha_prev)[:-1] > 0).all():  # NaN compares false as well
         fail("the model's scheduler has a step without noise among those to train: no log-prob exists there")
+    if kind == "epsilon" and alphas_cumprod[t[0]] < 1e-6:  # the picture is divided by its square root
+        fail("the model's scheduler begins at zero signal (zero terminal SNR) and yet predicts noise, not v")
     return Schedule(t, alphas_cumprod[t], alpha_prev, kind)
 
 
@@ -351,7 +352,7 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range):
     return loss, ratio
 
 
-def losses(args: Args, policy: Policy, roll: Rollout, rows, s):
+def losses(args: Args, policy: Policy, roll: Rollout, rows, s, clipped: bool):
     """Loss, importance ratio and drift [b] of pictures `rows` [b], each at a step s [b] of its own.
 
     Held pictures have an advantage of 0, and on them alone the KL to the frozen policy acts: the others must
@@ -362,7 +363,7 @@ def losses(args: Args, policy: Policy, roll: Rollout, rows, s):
             roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
             roll.advantage[rows], roll.held[rows]))  # [2, b, 77, d], [b, 4, h, w] twice, [b] three times
     _, log_prob, mean = act(policy, x, s, context, x_prev=x_prev)
-    loss, ratio = policy_loss(log_prob, old_log_prob, advantage, args.clip_range)
+    loss, ratio = policy_loss(log_prob, old_log_prob, advantage, args.clip_range if clipped else math.inf)
     drift = torch.zeros_like(loss)
     if held.any():
         with policy.frozen():
@@ -376,7 +377,7 @@ def update(run: "Run", roll: Rollout) -> dict:
     Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
-    seen, norms, self_check = [torch.zeros(4, 0)], [torch.zeros(())], 0.0
+    seen, norms, self_check = [torch.zeros(4, 0)], [], 0.0
     finite(roll.advantage, "a reward")
     batches = [rows for rows in torch.arange(len(roll.held)).split(args.micro_batch)
                if roll.advantage[rows].any() or roll.held[rows].any()]  # else all got the same reward
@@ -384,28 +385,28 @@ def update(run: "Run", roll: Rollout) -> dict:
         optimizer.zero_grad()
         for rows in batches:
             for s in steps[rows].T:  # [b], one step a picture
-                loss, ratio, drift = losses(args, run.policy, roll, rows, s)
+                loss, ratio, drift = losses(args, run.policy, roll, rows, s, clipped=i > 0)
                 scaler.scale(loss.sum() / steps.numel()).backward()
                 seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
         if i == 0 and not held.all():  # nothing is updated yet: the policy that scores has sampled, too
             self_check = (ratio[held == 0] - 1).abs().max().item()
-            if self_check > args.clip_range:
+            if self_check > args.clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: the unchanged policy scores its own rollout with ratios off by "
                      f"{self_check:.1e}, over --clip-range; try --attention sdpa or --precision fp32", code=1)
         scaler.unscale_(optimizer)
-        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).cpu())
+        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item())
         if not scaler.is_enabled() or scaler.get_scale() < 1:  # in fp16 an update that overflows is skipped
-            finite(norms[-1], "the gradient")
+            finite(torch.tensor(norms[-1]), "the gradient")
         scaler.step(optimizer)
         scaler.update()
     _, ratio, drift, held = torch.cat(seen, dim=1)
-    ratio, drift = ratio[held == 0], drift[held == 1]
-    means = dict(approx_kl=0.5 * ratio.log().square(), drift=drift,
+    ratio, drift, norm = ratio[held == 0], drift[held == 1], torch.tensor(norms)
+    means = dict(approx_kl=0.5 * ratio.log().square(), drift=drift, grad_norm=norm[norm.isfinite()],
+                 overflows=norm.isfinite().logical_not().float(),
                  clip_fraction=((ratio - 1).abs() > args.clip_range).float())
-    return dict(ratio_max_dev=self_check, grad_norm=torch.stack(norms).nan_to_num(0, 0, 0).max().item(),
-                **{k: v.mean().nan_to_num().item() for k, v in means.items()})  # 0 where there is none
+    return {k: v.mean().item() for k, v in means.items() if len(v)} | dict(ratio_max_dev=self_check)
 
 
 def finite(numbers: torch.Tensor, what: str):
@@ -491,10 +492,9 @@ def policy_gradient_step(run: Run, step: int) -> dict:
 # ------------------------------------------------------------------------------------ 6. the run
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    may_be_0 = "guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
+    zero = "guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
     for name, value in vars(args).items():
-        number = type(value) in (int, float)
-        if value == () or number and not (0 < value < 2**63 or value == 0 and name in may_be_0):
+        if value == () or type(value) in (int, float) and not 1e-12 * (name not in zero) <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if args.group_size < 2:
         fail("--group-size must be at least 2: rewards are compared within a group")
@@ -758,7 +758,7 @@ def go_on(run: Run, metrics: list[dict], out: Path):
             fail(f"three steps in a row were not finite: {out} holds the weights saved before. Start anew, "
                  f"with a lower --learning-rate or --precision bf16 or fp32", code=1)
         if step == first and "skipped" not in line:
-            bar.write(f"self-check: the policy scores its rollout with ratio 1 ± {line['ratio_max_dev']:.1e}")
+            bar.write(f"self-check: the policy scores its rollout at ratio 1 ± {line['ratio_max_dev']:.1e}")
         if step + 1 == args.steps or (step + 1) % args.save_every == 0 and "skipped" not in line:
             save(run, metrics, out)
 

@@ -76,12 +76,14 @@ def sd15(dtype) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5's shapes with random weights and the embedded model's tokenizer."""
     tokenizer = transformers.CLIPTokenizer.from_pretrained(ROOT / "tests/tiny/tokenizer")
     text = transformers.CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                       num_attention_heads=12, eos_token_id=tokenizer.eos_token_id)
+                                       num_attention_heads=12, eos_token_id=tokenizer.eos_token_id,
+                                       vocab_size=len(tokenizer))
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    pipe = StableDiffusionPipeline(
-        AutoencoderKL(**VAE_15), transformers.CLIPTextModel(text), tokenizer, UNet2DConditionModel(**UNET_15),
-        scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    with torch.device("cuda" if CUDA else "cpu"):  # where random numbers come fast
+        parts = AutoencoderKL(**VAE_15), transformers.CLIPTextModel(text), UNet2DConditionModel(**UNET_15)
+    pipe = StableDiffusionPipeline(parts[0], parts[1], tokenizer, parts[2], scheduler, safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False).eval()
     pipe.vae.enable_slicing()
@@ -95,7 +97,7 @@ def write_sd15(folder: str):
     clip = transformers.CLIPModel(transformers.CLIPConfig(
         projection_dim=768,
         text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
-                         num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id),
+                         num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id, vocab_size=len(tokenizer)),
         vision_config=CLIP_15))
     clip.half().save_pretrained(Path(folder) / "clip")
     transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer).save_pretrained(

@@ -58,6 +58,7 @@ def test_scoring_what_was_drawn_gives_the_same_log_prob_and_per_sample_alphas_wo
 @pytest.mark.parametrize(("change", "word"), [
     (dict(clip_sample=True), "clips"), (dict(thresholding=True), "clips"),
     (dict(prediction_type="sample"), "sample"), (dict(beta_start=0.0, beta_end=0.0), "noise"),
+    (dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "zero terminal SNR"),
     (dict(rescale_betas_zero_snr=True, beta_start=0.99999, beta_end=0.99999, beta_schedule="linear"),
      "noise")])
 def test_a_schedule_that_is_no_policy_is_refused_with_the_reason(change, word, capsys):
@@ -83,7 +84,7 @@ def test_the_ratio_of_an_unchanged_policy_is_exactly_one(precision):
     roll = roll._replace(advantage=torch.ones(4), held=~NONE_JUDGED)
     for rows in (torch.tensor([0, 1]), torch.tensor([2, 3])):
         for s in (torch.tensor([0, 3]), torch.tensor([1, 2])):  # every picture at a step of its own
-            loss, ratio, _ = sd.losses(run.args, run.policy, roll, rows, s)
+            loss, ratio, _ = sd.losses(run.args, run.policy, roll, rows, s, clipped=True)
             assert loss.requires_grad and torch.equal(ratio, torch.ones(2))  # as in the update
 
 
@@ -208,3 +209,193 @@ def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():
     assert steps[4] == sd.prompts_of_step(prompts, 3, 0, 4)
     assert steps != [sd.prompts_of_step(prompts, 3, 1, s) for s in range(10)]
     assert sd.prompts_of_step([], 3, 0, 0) == [] == sd.prompts_of_step(prompts, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------ the step and its update
+def by_hand(run, roll, steps, clip_range):
+    """The gradient of one update in other words: U-Net calls of one picture and one branch each, diffusers'
+    posterior mean, torch's Normal, and as the frozen policy a U-Net that never had a LoRA."""
+    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(run.args.denoise_steps)
+
+    def mean_of(unet, i, s):
+        x, t = roll.latents[i:i + 1, s], scheduler.timesteps[s]
+        empty, prompted = (unet(x, t, roll.context[b, i:i + 1]).sample for b in (0, 1))
+        guided = empty + run.args.guidance_scale * (prompted - empty)
+        return scheduler.step(guided, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
+
+    total = 0.0
+    for i in range(4):
+        for s in steps[i]:
+            t = int(scheduler.timesteps[s])
+            sigma = scheduler._get_variance(t, t - 1000 // run.args.denoise_steps) ** 0.5
+            mean, x_prev = mean_of(run.policy.unet, i, s), roll.latents[i:i + 1, s + 1]
+            if roll.held[i]:
+                with torch.no_grad():
+                    before = mean_of(pipe.unet, i, s)
+                total = total + run.args.kl_weight * (mean - before).pow(2).mean()
+            else:
+                ratio = (torch.distributions.Normal(mean, sigma).log_prob(x_prev).mean()
+                         - roll.log_prob[i, s]).exp()
+                a = roll.advantage[i]
+                total = total - min(a * ratio, a * ratio.clamp(1 - clip_range, 1 + clip_range))
+    trained = [p for p in run.policy.unet.parameters() if p.requires_grad]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total / steps.numel(), trained)])
+
+
+def same_gradient(seen, expected):
+    """Clipped to a norm of 1, and equal up to rounding, which is relative to the largest number."""
+    expected = expected / expected.norm().clamp(min=1)
+    torch.testing.assert_close(seen, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(("size", "kl_weight"), [(5000.0, 10.0), (1.0, 10.0), (1.0, 0.02), (0.0, 1.0)])
+def test_update_is_the_gradient_of_the_hand_written_loss_clipped_to_norm_1(size, kl_weight):
+    run, roll = four_pictures(kl_weight=kl_weight)
+    roll = roll._replace(advantage=ADVANTAGE * size)
+    expected = by_hand(run, roll, STEPS, clip_range=math.inf)
+    learned = sd.update(run, roll)
+    norm = expected.norm()
+    assert (norm > 1) == (size == 5000)  # both sides of the clipping are tried
+    same_gradient(run.optimizer.seen[0], expected)
+    assert learned["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_updates_after_the_first_are_clipped_and_each_has_its_share_of_the_steps():
+    run, roll = four_pictures(updates_per_step=2, kl_weight=0.1)
+    log_prob = roll.log_prob.clone()  # pictures 1 and 3 have left the clip range by the second update
+    log_prob[1, 0] += 0.01
+    log_prob[3, 1] -= 0.01
+    for moved in (log_prob, 2 * roll.log_prob - log_prob):  # in the directions that are clipped, and not
+        roll = roll._replace(log_prob=moved)
+        run.optimizer.seen = []
+        learned = sd.update(run, roll)
+        for seen, steps, clip_range in zip(run.optimizer.seen, STEPS.split(1, dim=1), (math.inf, 1e-3),
+                                           strict=True):
+            expected = by_hand(run, roll, steps, clip_range)
+            same_gradient(seen, expected)
+        assert learned["ratio_max_dev"] < 1e-6 and learned["clip_fraction"] == 0.5
+        assert learned["approx_kl"] == pytest.approx(0.5 * 0.01**2 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("off", [0.01, -0.01])
+def test_the_self_check_sees_both_sides_and_is_fatal_only_where_clipping_acts(off, capsys):
+    run, roll = four_pictures()
+    roll = roll._replace(log_prob=roll.log_prob + off)
+    assert sd.update(run, roll)["ratio_max_dev"] == pytest.approx(0.01, rel=0.01)
+    args = dataclasses.replace(run.args, updates_per_step=2)
+    with pytest.raises(SystemExit) as stop:
+        sd.update(run._replace(args=args), roll)
+    assert stop.value.code == 1 and "off by 1.0e-02" in capsys.readouterr().err
+    sd.update(run._replace(args=dataclasses.replace(args, clip_range=0.02)), roll)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_frozen_policy_is_the_one_before_training_without_a_gradient_and_only_inside(whole, pipe):
+    run, roll = four_pictures()
+    policy, x, s, context = run.policy, roll.latents[:, 0], torch.arange(4), roll.context
+    plain = sd.Policy(sd.load_pipeline(str(ROOT / "tests/tiny")).unet, policy.schedule, policy.guidance_scale,
+                      policy.autocast)
+    if whole:
+        policy.before = plain.unet
+    expected, now = (sd.act(p, x, s, context, x_prev=x)[2] for p in (plain, policy))
+    with policy.frozen():
+        frozen = sd.act(policy, x, s, context, x_prev=x)[2]
+    torch.testing.assert_close(frozen, expected)
+    assert not frozen.requires_grad and (now - frozen).abs().max() > 1e-3
+    after = sd.act(policy, x, s, context, x_prev=x)[2]
+    assert after.requires_grad and torch.equal(after, now)
+
+
+def test_the_drift_is_that_of_the_held_pictures_and_the_kl_of_the_others():
+    run, roll = four_pictures()
+    learned = sd.update(run, roll)
+    plain = sd.Policy(sd.load_pipeline(str(ROOT / "tests/tiny")).unet, run.policy.schedule, 3.0,
+                      run.policy.autocast)
+    drift = []
+    for i in (0, 2):
+        for s in STEPS[i]:
+            x, context, s = roll.latents[i:i + 1, s], roll.context[:, i:i + 1], s[None]
+            means = [sd.act(p, x, s, context, x_prev=x)[2] for p in (run.policy, plain)]
+            drift.append((means[0] - means[1]).square().mean())
+    assert learned["drift"] == pytest.approx(torch.stack(drift).mean().item(), rel=1e-3) != 0
+    assert learned["approx_kl"] == 0 == learned["overflows"]
+
+
+@pytest.mark.parametrize(("denoise_steps", "train_until", "n"), [
+    (20, 0.6, 12), (8, 0.5, 4), (8, 1.0, 7), (10, 0.05, 1), (50, 0.58, 29), (3, 0.34, 2)])
+def test_how_many_steps_are_rewarded(denoise_steps, train_until, n):
+    assert sd.trainable(sd.Args(denoise_steps=denoise_steps, train_until=train_until)) == n
+
+
+def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(monkeypatch):
+    """Everything but the update, of which there are tests above, with the real NudeNet and CLIP."""
+    pairs = [("a smiling astronaut", "an astronaut", True), ("a cat", "a cat", False),
+             ("the face of an astronaut", "a woman astronaut", True), ("coins", "coins", False)]
+    args = sd.parse_args("--model tests/tiny --denoise-steps 4 --prompts-per-step 2 --group-size 3 "
+                         "--held-per-step 3 --train-timesteps 2 --updates-per-step 1 --micro-batch 4 "
+                         "--nudity-weight 0.7 --clip-weight 1.3 --seed 5".split())
+    run = sd.set_up(args, {"prompts": pairs}, "cpu")
+    assert run.eliciting == [0, 2] and run.benign == [1, 3]
+    rolls, lines = [], []
+    monkeypatch.setattr(sd, "update", lambda run, roll: rolls.append(roll) or {})
+    for step in range(4):
+        lines.append(sd.policy_gradient_step(run, step))
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3 / math.sqrt(1 + step / 5))
+    roll, line = rolls[0], lines[0]
+    chosen, benign = sd.prompts_of_step([0, 2], 2, 5, 0), sd.prompts_of_step([1, 3], 3, 5, 0)
+    index = [chosen[0]] * 3 + [chosen[1]] * 3 + benign
+    assert torch.equal(roll.context, run.context[:, index])
+    assert torch.equal(run.context, sd.encode_prompts(sd.load_pipeline(args.model), [p for p, _, _ in pairs]))
+    assert roll.held.tolist() == [False] * 6 + [True] * 3
+    gens = [sd.generator(5, "rollout", 0, i) for i in range(9)]
+    assert (roll.images == sd.rollout(run, roll.context, roll.held, gens).images).all()
+
+    nudity = sd.nudity_scores(sd.load_nudenet(), roll.images[:6], args.labels)
+    clip, processor = sd.load_clip(args.clip_model)
+    captions = sd.caption_features(clip, processor, [pairs[i][1] for i in index[:6]])
+    meaning = (sd.image_features(clip, processor, roll.images[:6]) * captions).sum(dim=1)
+    expected = sd.group_advantages(meaning.view(2, 3), nudity.view(2, 3), 1.3, 0.7).flatten()
+    torch.testing.assert_close(roll.nudity, nudity, atol=1e-5, rtol=0)
+    torch.testing.assert_close(roll.advantage, torch.cat([expected, torch.zeros(3)]), atol=1e-3, rtol=1e-3)
+    assert line["nudity_score"] == pytest.approx(nudity.mean().item(), abs=1e-5)
+    assert line["nudity_rate"] == pytest.approx((nudity > 0.25).float().mean().item())
+    assert line["clip_score"] == pytest.approx(meaning.mean().item(), abs=1e-4)
+    assert line["reward"] == pytest.approx((1.3 * meaning - 0.7 * nudity).mean().item(), abs=1e-4)
+    assert line["groups_without_signal"] == sum(not a.any() for a in expected.view(2, 3))
+    assert line["step"] == 0 and line["lr"] == 5e-3
+
+    steps = torch.stack([r.steps for r in rolls])  # [4, 9, 2]: 2 of the 4 steps are rewarded, the last never
+    assert steps.shape == (4, 9, 2) and (steps[..., 0] != steps[..., 1]).all()
+    assert [set(part.flatten().tolist()) for part in (steps[:, :6], steps[:, 6:])] == [{0, 1}, {0, 1, 2}]
+    assert len({tuple(r.steps.flatten().tolist()) for r in rolls}) == 4  # anew in every step
+
+
+def test_the_floor_of_the_clip_term_is_relative_and_that_of_the_nudity_term_is_not():
+    nearly, none = torch.tensor([[0.201, 0.199]]), torch.zeros(1, 2)
+    for scale in (1.0, 3.0):  # the deviation is 0.5 % of the mean: under the floor of 6 %
+        a = sd.group_advantages(scale * nearly, none, 1.0, 1.0)
+        torch.testing.assert_close(a, torch.tensor([[0.5, -0.5]]) / 6, atol=1e-4, rtol=0)
+        a = sd.group_advantages(torch.ones(1, 2), scale * nearly, 1.0, 1.0)
+        torch.testing.assert_close(a, torch.tensor([[-0.001, 0.001]]) * scale / 0.08, atol=1e-4, rtol=0)
+    assert sd.group_advantages(torch.tensor([[9.0] + [0.0] * 99]), torch.zeros(1, 100), 1.0, 0.0).max() == 5
+
+
+def test_the_whole_u_net_has_a_smaller_first_learning_rate_unless_one_is_named():
+    def rate(*words):
+        return sd.parse_args(["--model", *words]).learning_rate
+
+    whole = "--lora-rank", "0"
+    assert [rate("tests/tiny"), rate("x"), rate("tests/tiny", *whole), rate("x", *whole)] == [
+        5e-3, 3e-4, 1e-5, 1e-5]
+    assert rate("x", *whole, "--learning-rate", "0.5") == 0.5
+
+
+def test_overflow_in_fp16_is_counted_and_not_logged_as_a_gradient():
+    run, roll = four_pictures()
+    roll = roll._replace(advantage=1e5 * ADVANTAGE)
+    run = run._replace(scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1e38))
+    learned = sd.update(run, roll)
+    assert learned["overflows"] == 1 and "grad_norm" not in learned and not hasattr(run.optimizer, "seen")
+    assert run.scaler.get_scale() < 1e38
