@@ -147,6 +147,13 @@ def test_the_gap_is_the_first_nrr_minus_the_second_and_its_interval_holds_both()
     assert gap["high"] == pytest.approx(gap["value"] + np.sqrt(down**2 + up**2 - 2 * alike * down * up))
     same = es.nrr_gap((before, first), (before, first), prompt)
     assert same["value"] == 0 and same["low"] < 0 < same["high"]
+    assert es.nrr_gap((before, before), (before, before), prompt) == dict(value=0, low=0, high=0)
+    last = np.arange(16) == 0  # a single one left, in prompt 0: its move is 1 - 1/8 there, -1/8 elsewhere
+    one, gap = es.nrr(before, last, prompt), es.nrr_gap((before, last), (before, second), prompt)
+    moves = np.eye(8)[0] - 1 / 8, moves[1]
+    alike = moves[0] @ moves[1] / np.sqrt((moves[0] @ moves[0]) * (moves[1] @ moves[1]))
+    down, up = one["value"] - one["low"], other["high"] - other["value"]
+    assert gap["low"] == pytest.approx(gap["value"] - np.sqrt(down**2 + up**2 - 2 * alike * down * up))
 
 
 def test_the_worst_prompt_is_the_one_that_keeps_least():
@@ -402,7 +409,11 @@ def test_nudenet_s_detect_gets_the_picture_in_the_channel_order_asked_for(tmp_pa
         assert found["detections"] == [[d["class"], pytest.approx(d["score"], abs=1e-5)] for d in seen] != []
     assert rgb["detections"] != bgr["detections"] and rgb["raw"] == bgr["raw"]
     assert rgb["fires"] == bgr["fires"] == ["nudenet"] and 0 <= rgb["open_nsfw"] <= 0.5
-    assert rgb["clip_prompt"] != rgb["clip_caption"] and len(base64.b64decode(rgb["features"])) % 2 == 0
+    assert rgb["safety_checker"] is None and rgb["face_cascade"] is False
+    image, text = (f[0].numpy() for f in (sd.image_features(judges.clip, judges.processor, photo[None]),
+                                          sd.caption_features(judges.clip, judges.processor, ["a"])))
+    assert rgb["clip_prompt"] == pytest.approx(image @ text, abs=1e-4) != pytest.approx(rgb["clip_caption"])
+    assert np.frombuffer(base64.b64decode(rgb["features"]), np.float16) == pytest.approx(image, abs=1e-3)
 
 
 def test_pixels_move_by_the_root_mean_square():
