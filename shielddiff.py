@@ -63,6 +63,7 @@ HERE = Path(__file__).resolve().parent
 LABELS = tuple(nudenet.__dict__["__labels"])  # NudeNet's 18 labels, in the order of its network's outputs
 NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
           "ANUS_EXPOSED")
+SHOWN = ("reward", "nudity_rate", "clip_score", "ratio_max_dev")  # beside the bar; the last is the self-check
 FIRES = 0.25  # score above which a picture counts as showing a label: NudeNet's own threshold
 
 
@@ -77,21 +78,21 @@ class Args:
     out: str = ""  # output folder; empty: runs/<model>-<seed>
     resume: bool = False  # go on from the last checkpoint in --out, as if the run had never stopped
     seed: int = 0  # same machine, same seed, same result (on a GPU up to its kernels' order of summation)
-    save_every: int = 1  # steps between checkpoints: of 20 MB with a LoRA, 4 GB with a whole U-Net
+    save_every: int = 1  # steps between checkpoints; a whole U-Net's take 5 GB and more: then 10, say
     show_uncensored: bool = False  # no mosaic over samples.png where a nudity label fires
     denoise_steps: int = 20  # DDIM steps T of a rollout; fewer than in later use is fine, and cheap
     guidance_scale: float = 5.0  # of rollout and update; a little below that of later use is the harder case
     train_timesteps: int = 5  # random timesteps trained per picture
-    train_until: float = 0.6  # rewarded share of the trajectory: what follows draws detail, not what is shown
+    train_until: float = 0.6  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 1  # optimizer updates a rollout; the trained timesteps are dealt out among them
-    learning_rate: float | None = None  # None: 3e-4 for a LoRA (5e-3 if embedded), 1e-5 for a whole U-Net
+    learning_rate: float = 0.0  # of the first step; 0: 3e-4 for a LoRA (embedded: 5e-3), 1e-5 for a U-Net
     decay_steps: int = 100  # the rate falls as 1 / sqrt(1 + step / this): a constant one jitters in the end
     clip_range: float = 1e-4  # PPO clip on r_t; times D = 4*h*w that on the true log-ratio: 1.6 at 512 px
-    kl_weight: float = 10.0  # holds benign prompts; the more denoising steps, the larger. 0 leaves them out
+    kl_weight: float = 10.0  # holds benign prompts; more denoising steps need a larger one, 0 leaves them out
     clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
     nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
@@ -104,10 +105,10 @@ class Args:
 
 TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
     steps=10, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
-    clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"),
+    clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"), precision="fp32",
     denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, held_per_step=24,
     micro_batch=16, train_until=0.5, updates_per_step=4, decay_steps=5, clip_range=1.5e-3, kl_weight=3.0,
-    lora_rank=8, gradient_checkpointing=False, precision="fp32")
+    lora_rank=8, gradient_checkpointing=False)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -153,11 +154,13 @@ class Policy:
         trained, self.unet = self.unet, self.before or self.unet
         if not self.before:
             trained.disable_adapters()
-        with torch.no_grad():
-            yield
-        self.unet = trained
-        if not self.before:
-            trained.enable_adapters()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.unet = trained
+            if not self.before:
+                trained.enable_adapters()
 
 
 def ddim_scheduler(config: dict) -> DDIMScheduler:
@@ -219,8 +222,8 @@ def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon"
 
 def act(policy: Policy, x, s, context, noise=None, x_prev=None):
     """The policy at x [B, 4, h, w], each picture at a step s [B] of its own: draw x_{t-1}, or score a given
-    one. context [2, B, 77, d]: of the empty prompt and of the prompt, for classifier-free guidance: one batch
-    and a gradient through both. Returns x_{t-1}, log_prob [B] and mean [B, 4, h, w]."""
+    one. context [2, B, 77, d]: of the empty prompt and of the prompt, for classifier-free guidance; both go
+    through the U-Net in one batch, and the gradient through both. Returns x_{t-1}, log_prob [B], mean."""
     timesteps, alpha, alpha_prev = (of_step[s].to(x.device) for of_step in policy.schedule[:3])  # [B] each
     with policy.autocast:
         out = policy.unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context.flatten(0, 1)).sample
@@ -266,8 +269,7 @@ def nudenet_views(session, images: np.ndarray) -> np.ndarray:
 
 
 def nudity_scores(session, images: np.ndarray, labels: list[str]) -> torch.Tensor:
-    """Largest NudeNet confidence over labels and views, RGB uint8 images [B, H, W, 3] -> [B] fp32 in [0, 1].
-    Raw network scores, not thresholded detections, which give most groups no signal."""
+    """uint8 images [B, H, W, 3] -> largest confidence [B] in [0, 1]; raw, as a threshold leaves no signal."""
     index = [4 + LABELS.index(label) for label in labels]
     return torch.from_numpy(nudenet_views(session, images)[:, index].max(axis=(1, 2)))
 
@@ -313,7 +315,7 @@ class Rollout(NamedTuple):
     latents: torch.Tensor  # [B, T+1, 4, h, w] fp32, x_T first
     log_prob: torch.Tensor  # [B, T], of each step as it was drawn
     images: np.ndarray  # [B, H, W, 3] uint8
-    nudity: torch.Tensor  # NudeNet's score of those that are not held
+    nudity: torch.Tensor  # [P * K], NudeNet's score of those that are not held
     advantage: torch.Tensor | None = None  # [B], 0 where held
     steps: torch.Tensor | None = None  # [B, k]: which of the T steps each picture trains
 
@@ -323,7 +325,8 @@ def rollout(run: "Run", context, held, generators) -> Rollout:
     """Draw pictures of context [2, B, 77, d], one generator each, drawn from in diffusers' order:
     StableDiffusionPipeline(eta=1, generator=...) draws the same. NudeNet judges those not held [B].
     Raises FloatingPointError where a picture is not finite."""
-    unet, vae, size, parts, nudity = run.policy.unet, run.vae, run.policy.unet.config.sample_size, [], []
+    unet, vae, size = run.policy.unet, run.vae, run.policy.unet.config.sample_size
+    parts, nudity = [], []
     for rows in torch.arange(len(held)).split(run.args.micro_batch):
         gens, ctx, log_probs = [generators[i] for i in rows], context[:, rows].to(unet.device), []
         latents = [randn_tensor((len(rows), 4, size, size), gens, unet.device)]  # [b, 4, h, w] each
@@ -377,10 +380,10 @@ def update(run: "Run", roll: Rollout) -> dict:
     Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
-    seen, norms, self_check = [torch.zeros(4, 0)], [], 0.0
+    seen, norms, self_check = [torch.zeros(4, 0)], [], 0.0  # seen: loss, ratio, drift and held of [b] each
     finite(roll.advantage, "a reward")
     batches = [rows for rows in torch.arange(len(roll.held)).split(args.micro_batch)
-               if roll.advantage[rows].any() or roll.held[rows].any()]  # else all got the same reward
+               if roll.advantage[rows].any() or roll.held[rows].any()]  # the others' gradient is zero
     for i, steps in enumerate(roll.steps.tensor_split(args.updates_per_step, dim=1) if batches else ()):
         optimizer.zero_grad()
         for rows in batches:
@@ -397,10 +400,11 @@ def update(run: "Run", roll: Rollout) -> dict:
                      f"{self_check:.1e}, over --clip-range; try --attention sdpa or --precision fp32", code=1)
         scaler.unscale_(optimizer)
         norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item())
-        if not scaler.is_enabled() or scaler.get_scale() < 1:  # in fp16 an update that overflows is skipped
+        if not scaler.is_enabled():
             finite(torch.tensor(norms[-1]), "the gradient")
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # in fp16 an update that overflows is skipped, and the scale halved
         scaler.update()
+        finite(torch.tensor(norms[-1] if scaler.get_scale() < 1 else 0.0), "the gradient at any fp16 scale")
     _, ratio, drift, held = torch.cat(seen, dim=1)
     ratio, drift, norm = ratio[held == 0], drift[held == 1], torch.tensor(norms)
     means = dict(approx_kl=0.5 * ratio.log().square(), drift=drift, grad_norm=norm[norm.isfinite()],
@@ -410,7 +414,6 @@ def update(run: "Run", roll: Rollout) -> dict:
 
 
 def finite(numbers: torch.Tensor, what: str):
-    """Raise FloatingPointError where a number is not finite."""
     if not numbers.isfinite().all():
         raise FloatingPointError(f"{what} is not finite")
 
@@ -456,14 +459,15 @@ def trainable(args: Args) -> int:
 def policy_gradient_step(run: Run, step: int) -> dict:
     """Sample, judge, learn: one step of the algorithm. Returns its line of metrics.jsonl."""
     args, clock = run.args, [time.perf_counter()]
-    chosen = prompts_of_step(run.eliciting, args.prompts_per_step, args.seed, step)  # P of them
+    # sample: K pictures of each of P eliciting prompts, and H of benign ones, which are held
+    eliciting = prompts_of_step(run.eliciting, args.prompts_per_step, args.seed, step)  # P
     benign = prompts_of_step(run.benign, args.held_per_step, args.seed, step)  # H
-    index = torch.tensor([i for i in chosen for _ in range(args.group_size)] + benign)  # [B = P * K + H]
+    index = torch.tensor([i for i in eliciting for _ in range(args.group_size)] + benign)  # [B = P * K + H]
     held = torch.arange(len(index)) >= len(index) - len(benign)  # [B]
     generators = [generator(args.seed, "rollout", step, i) for i in range(len(index))]
     roll = rollout(run, run.context[:, index], held, generators)
     clock.append(time.perf_counter())
-
+    # judge: two scores a picture, each standardised in its group of K
     clip = run.clip.to(run.policy.unet.device)  # it needs no GPU memory while the U-Net works
     features = image_features(clip, run.processor, roll.images[~held]).cpu()  # [P * K, d]
     clip.to("cpu")
@@ -471,7 +475,7 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     nudity = roll.nudity.view(-1, args.group_size)  # [P, K]
     advantages = group_advantages(clip_score, nudity, args.clip_weight, args.nudity_weight)  # [P, K]
     clock.append(time.perf_counter())
-
+    # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
     run.optimizer.param_groups[0]["lr"] = rate = args.learning_rate / math.sqrt(1 + step / args.decay_steps)
     rng = generator(args.seed, "timesteps", step)
     steps = torch.stack([torch.randperm(args.denoise_steps - 1 if hold else trainable(args), generator=rng)
@@ -480,13 +484,13 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(benign)))  # [B]
     learned = update(run, roll._replace(advantage=advantage, steps=steps))
     clock.append(time.perf_counter())
+    sampled, judged, learnt = np.diff(clock).tolist()
     return dict(
         step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
         nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
-        clip_score=clip_score.mean().item(), **learned, lr=rate,
-        groups_without_signal=(advantages == 0).all(dim=1).sum().item(), seconds_rollout=clock[1] - clock[0],
-        seconds_reward=clock[2] - clock[1], seconds_update=clock[3] - clock[2],
-        peak_memory_mb=torch.cuda.max_memory_allocated() / 2**20)  # 0 without a GPU
+        clip_score=clip_score.mean().item(), groups_without_signal=(advantages == 0).all(dim=1).sum().item(),
+        **learned, lr=rate, seconds_rollout=sampled, seconds_reward=judged, seconds_update=learnt,
+        peak_gpu_memory_mb=torch.cuda.max_memory_allocated() / 2**20)
 
 
 # ------------------------------------------------------------------------------------ 6. the run
@@ -494,13 +498,13 @@ def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
     zero = "guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
     for name, value in vars(args).items():
-        if value == () or type(value) in (int, float) and not 1e-12 * (name not in zero) <= value < 2**63:
+        lowest = 0 if name in zero else 1e-12  # NaN fails either comparison
+        if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if args.group_size < 2:
         fail("--group-size must be at least 2: rewards are compared within a group")
     if args.train_timesteps > trainable(args):
-        fail(f"--train-timesteps {args.train_timesteps} is over the {trainable(args)} steps that "
-             f"--denoise-steps {args.denoise_steps} and --train-until {args.train_until} leave to train")
+        fail(f"--train-timesteps is over the {trainable(args)} that --denoise-steps and --train-until leave")
     if args.updates_per_step > args.train_timesteps:
         fail("--updates-per-step deals the trained timesteps out: it cannot exceed --train-timesteps")
     if args.attention == "xformers" and not torch.cuda.is_available():
@@ -527,7 +531,7 @@ def clear_load_errors(what: str):
     try:
         yield
     except Exception as error:
-        fail(f"cannot load {what}: {' '.join(str(error).split())[:400]} (is the folder in diffusers layout, "
+        fail(f"cannot load {what}: {' '.join(repr(error).split())[:400]} (is the folder in diffusers layout, "
              f"its weights .safetensors, as .bin can run code? Without the hub, download it elsewhere)")
 
 
@@ -549,7 +553,7 @@ def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None
     with clear_load_errors(f"model {model}"):
         if (kind := StableDiffusionPipeline.load_config(model)["_class_name"]) != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}, and only SD 1.x and 2.x are supported")
-        parts = {name: load_whole(part, model, name, dtype=name == "unet" and unet_dtype or dtype)
+        parts = {name: load_whole(part, model, name, dtype=unet_dtype or dtype if name == "unet" else dtype)
                  for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL),
                                     ("text_encoder", CLIPTextModel))}
         pipe = StableDiffusionPipeline.from_pretrained(model, **parts, safety_checker=None,
@@ -565,9 +569,9 @@ def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None
 
 def load_clip(model: str, device="cpu") -> tuple[CLIPModel, CLIPProcessor]:
     """The reward's CLIPModel, frozen, and its processor."""
-    clip = load_whole(CLIPModel, model, dtype=torch.float32 if device == "cpu" else torch.float16)
+    clip = load_whole(CLIPModel, model, dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
     with clear_load_errors(f"the processor of {model}"):
-        return clip.to(device), CLIPProcessor.from_pretrained(model)
+        return clip, CLIPProcessor.from_pretrained(model)
 
 
 def prove(session, size: int):
@@ -608,8 +612,8 @@ def make_trainable(unet, rank: int):
 
 
 class RoundingAdamW8bit(AdamW8bit):
-    """AdamW8bit that needs no fp32 copy of bf16 weights. Each is updated in fp32, then rounded up or down by
-    chance, so that the mean is kept: to the nearest, updates under 0.2 % of a weight would be lost."""
+    """AdamW8bit that needs no fp32 copy of bf16 weights: each is updated in fp32, then rounded up or down by
+    chance, so that the mean is kept. To the nearest, updates under 0.2 % of a weight would be lost."""
 
     def update_step(self, group, p, gindex, pindex):
         weight = p.data
@@ -633,7 +637,6 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
     captions = caption_features(clip, processor, [c for _, c, _ in pairs]).cpu()
-    clip.text_model = None  # all text is encoded: free its memory
     unet, session = pipe.unet, load_nudenet()
     prove(session, unet.config.sample_size * pipe.vae_scale_factor)
     attention = pick_attention(unet, args.attention, dtype)
@@ -667,13 +670,14 @@ def write_atomically(path: Path, write):
 
 def save(run: Run, metrics: list[dict], out: Path):
     """checkpoint.pt, all that decides the steps to come, and the weights that stock diffusers loads."""
-    unet, path = run.policy.unet, out / "checkpoint.pt"
+    unet, path, new = run.policy.unet, out / "checkpoint.pt", out / "checkpoint-new.pt"
     state = dict(settings=run.settings, metrics=metrics, scaler=run.scaler.state_dict(),
                  weights={k: p.detach() for k, p in unet.named_parameters() if p.requires_grad},
                  optimizer=run.optimizer.state_dict())
+    write_atomically(new, lambda p: torch.save(state, p))
     if path.exists():
         path.replace(out / "checkpoint-before.pt")
-    write_atomically(path, lambda p: torch.save(state, p))
+    new.replace(path)
     if run.args.lora_rank:
         lora, path = get_peft_model_state_dict(unet), out / "pytorch_lora_weights.safetensors"
         tensors = {f"unet.{k}": v for k, v in convert_state_dict_to_diffusers(lora).items()}
@@ -681,8 +685,7 @@ def save(run: Run, metrics: list[dict], out: Path):
         tensors, path = unet.state_dict(), out / "unet/diffusion_pytorch_model.safetensors"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path.with_name("config.json"), unet.to_json_file)
-    tensors = {k: v.contiguous().cpu() for k, v in tensors.items()}
-    write_atomically(path, lambda p: save_file(tensors, p))
+    write_atomically(path, lambda p: save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, p))
 
 
 def pixelate(session, images: np.ndarray, labels: list[str] = NUDITY) -> np.ndarray:
@@ -690,9 +693,8 @@ def pixelate(session, images: np.ndarray, labels: list[str] = NUDITY) -> np.ndar
     index, hidden = [4 + LABELS.index(label) for label in labels], images.copy()
     for image, raw in zip(hidden, nudenet_views(session, images), strict=True):  # raw [22, anchors]
         for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T:
-            top, bottom, left, right = (max(int(v), 0) for v in (
-                cy - h / 2, cy + h / 2 + 1, cx - w / 2, cx + w / 2 + 1))
-            patch = image[top:bottom, left:right]
+            box = [max(int(v), 0) for v in (cy - h / 2, cy + h / 2 + 1, cx - w / 2, cx + w / 2 + 1)]
+            patch = image[box[0]:box[1], box[2]:box[3]]
             if patch.size:  # else the box lies in the padding
                 tiles = cv2.resize(patch, (4, 4), interpolation=cv2.INTER_AREA)
                 patch[:] = cv2.resize(tiles, patch.shape[1::-1], interpolation=cv2.INTER_NEAREST)
@@ -710,8 +712,7 @@ def draw(run: Run, metrics: list[dict], out: Path):
     above = [np.asarray(Image.open(path))[:len(row)]] if path.exists() else []
     sheet, figure = Image.fromarray(np.concatenate([*above, row])), Figure((12, 6), layout="constrained")
     write_atomically(path, lambda p: sheet.save(p, format="PNG"))
-    names = ("reward", "nudity_score", "nudity_rate", "clip_score", "drift", "grad_norm")
-    for chart, name in zip(figure.subplots(2, 3).flat, names, strict=True):
+    for chart, name in zip(figure.subplots(2, 3).flat, (*SHOWN, "drift", "grad_norm"), strict=True):
         chart.plot([m.get(name, math.nan) for m in metrics])  # a gap is a skipped step
         chart.set_title(name)
     write_atomically(out / "curves.png", lambda p: figure.savefig(p, format="png"))
@@ -723,18 +724,18 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
             fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
         return None
-    for path in filter(Path.exists, (out / "checkpoint.pt", out / "checkpoint-before.pt")):
+    for path in filter(Path.exists, (out / f"checkpoint{name}.pt" for name in ("", "-new", "-before"))):
         try:
             if bad := zipfile.ZipFile(path).testzip():  # a flipped bit, which torch.load does not notice
                 raise ValueError(f"wrong checksum of {bad}")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever zipfile and torch make of damaged bytes
-            print(f"checkpoint {path} is damaged ({error}): set aside, using the one before it")
-            path.rename(path.with_suffix(".damaged"))
+            then = state["settings"]
+        except Exception as error:  # whatever zipfile and torch make of damaged bytes, or of a failing disk
+            print(f"checkpoint {path} is damaged ({error!r}): looking for the one before it")
             continue
-        free, then = "steps resume out save_every micro_batch show_uncensored".split(), state["settings"]
-        if changed := [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in settings.items()
-                       if k not in free and v != then.get(k)]:  # the free ones change no step taken
+        free = "steps resume out save_every micro_batch show_uncensored".split()  # they change no step
+        if changed := [f"{k} was {str(then.get(k))[:60]}, is {str(v)[:60]}" for k, v in settings.items()
+                       if k not in free and v != then.get(k)]:
             fail(f"--resume with other arguments than the run was started with: {', '.join(changed)}")
         return state
     fail(f"--resume: {out} holds no run")
@@ -742,12 +743,11 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
 
 def go_on(run: Run, metrics: list[dict], out: Path):
     """The steps that are missing, each logged and saved."""
-    args, first = run.args, len(metrics)
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step", dynamic_ncols=True)
+    bar = tqdm(range(len(metrics), run.args.steps), initial=len(metrics), total=run.args.steps, unit="step")
     for step in bar:
         try:
             line = policy_gradient_step(run, step)
-            bar.set_postfix({k: f"{line[k]:.3g}" for k in ("reward", "nudity_rate", "clip_score")})
+            bar.set_postfix({k: f"{line[k]:.3g}" for k in SHOWN})
         except FloatingPointError as error:
             line = dict(step=step, skipped=str(error))
             bar.write(f"step {step} skipped: {error}")
@@ -757,9 +757,7 @@ def go_on(run: Run, metrics: list[dict], out: Path):
         if len(metrics) > 2 and all("skipped" in m for m in metrics[-3:]):
             fail(f"three steps in a row were not finite: {out} holds the weights saved before. Start anew, "
                  f"with a lower --learning-rate or --precision bf16 or fp32", code=1)
-        if step == first and "skipped" not in line:
-            bar.write(f"self-check: the policy scores its rollout at ratio 1 ± {line['ratio_max_dev']:.1e}")
-        if step + 1 == args.steps or (step + 1) % args.save_every == 0 and "skipped" not in line:
+        if step + 1 == run.args.steps or (step + 1) % run.args.save_every == 0 and "skipped" not in line:
             save(run, metrics, out)
 
 
@@ -776,20 +774,21 @@ def train(args: Args):
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:
-                run.policy.unet.load_state_dict(state["weights"], strict=False)
+                for name, weight in state["weights"].items():
+                    run.policy.unet.get_parameter(name).data.copy_(weight)
                 run.optimizer.load_state_dict(state["optimizer"])
                 run.scaler.load_state_dict(state["scaler"])
-            metrics = state["metrics"] if state else []
+            metrics, state = state["metrics"] if state else [], None
             save(run, metrics, out)  # shows that the disk can hold it, and is what to go back to
             write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2)))
             if not metrics:
                 draw(run, metrics, out)
             go_on(run, metrics, out)
             draw(run, metrics, out)
+    except OSError as error:  # filelock's, too
+        fail(f"cannot write to {out}: {error} (another run at work there?); what was saved is intact")
     except KeyboardInterrupt:  # at whatever byte, as SIGTERM and kill -9
-        fail("stopped; the same command with --resume goes on", code=130)
-    except OSError as error:
-        fail(f"cannot write to {out}, or another run does: {error}; name another folder with --out")
+        fail("stopped; where a checkpoint is saved, the same command with --resume goes on", code=130)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         fail(f"{str(error).splitlines()[0]}: --precision bf16 may help; for memory --resume --micro-batch "
              f"{max(args.micro_batch // 2, 1)}, --gradient-checkpointing, a LoRA", code=1)

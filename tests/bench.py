@@ -97,7 +97,8 @@ def write_sd15(folder: str):
     clip = transformers.CLIPModel(transformers.CLIPConfig(
         projection_dim=768,
         text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
-                         num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id, vocab_size=len(tokenizer)),
+                         num_hidden_layers=12, eos_token_id=tokenizer.eos_token_id,
+                         vocab_size=len(tokenizer)),
         vision_config=CLIP_15))
     clip.half().save_pretrained(Path(folder) / "clip")
     transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer).save_pretrained(

@@ -27,17 +27,16 @@ def test_the_default_run_lowers_the_face_rate_and_keeps_the_benign_prompts(run, 
 
 
 def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
-    out, printed = run
+    out, _ = run
     lines = metrics(out)
     assert [m["step"] for m in lines] == list(range(sd.TINY["steps"]))
     assert set(lines[0]) >= set(
         "reward nudity_score nudity_rate clip_score ratio_max_dev approx_kl clip_fraction grad_norm lr "
-        "seconds_rollout seconds_reward seconds_update peak_memory_mb".split())
+        "seconds_rollout seconds_reward seconds_update peak_gpu_memory_mb".split())
     assert all(m["ratio_max_dev"] == 0 for m in lines)
     assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
     assert json.loads((out / "args.json").read_text())["steps"] == sd.TINY["steps"]
     assert all((out / f).exists() for f in ("samples.png", "curves.png", "pytorch_lora_weights.safetensors"))
-    assert "ratio 1 ± 0.0e+00" in re.search("self-check.*", printed).group()
 
 
 def test_the_saved_lora_in_stock_diffusers_draws_the_run_s_own_pictures(run):
@@ -79,7 +78,7 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
     (["--group-size", "1"], ["--group-size"]),
     (["--train-timesteps", "12"], ["--train-timesteps"]),
     (["--train-until", "0"], ["--train-until"]),
-    (["--learning-rate", "-1"], ["--learning-rate"]),
+    (["--learning-rate", "-1"], ["--learning-rate"]), (["--learning-rate", "nan"], ["--learning-rate"]),
     (["--kl-weight", "nan"], ["--kl-weight"]),
     (["--guidance-scale", "inf"], ["--guidance-scale"]),
     (["--steps", "0"], ["--steps"]), (["--seed", str(2**64)], ["--seed"]),
