@@ -88,7 +88,7 @@ class Args:
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
-    updates_per_step: int = 1  # optimizer updates a rollout; the trained timesteps are dealt out among them
+    updates_per_step: int = 1  # they share the trained timesteps; from 2 on PPO clips, in bf16 on rounding
     learning_rate: float = 0.0  # of the first step; 0: 3e-4 for a LoRA (embedded: 5e-3), 1e-5 for a U-Net
     decay_steps: int = 100  # the rate falls as 1 / sqrt(1 + step / this): a constant one jitters in the end
     clip_range: float = 1e-4  # PPO clip on r_t; times D = 4*h*w that on the true log-ratio: 1.6 at 512 px
