@@ -1,11 +1,14 @@
 """The policy and the update against diffusers, torch.distributions and cases computed by hand."""
 import dataclasses
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, a_run
 from diffusers import DDIMScheduler
+from PIL import Image
 
 import shielddiff as sd
 
@@ -250,9 +253,12 @@ def same_gradient(seen, expected):
     torch.testing.assert_close(seen, expected, atol=1e-3 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize(("size", "kl_weight"), [(5000.0, 10.0), (1.0, 10.0), (1.0, 0.02), (0.0, 1.0)])
-def test_update_is_the_gradient_of_the_hand_written_loss_clipped_to_norm_1(size, kl_weight):
+@pytest.mark.parametrize(("size", "kl_weight", "checkpointing"), [
+    (5000.0, 10.0, False), (1.0, 10.0, True), (1.0, 0.02, False), (0.0, 1.0, False)])
+def test_update_is_the_gradient_of_the_hand_written_loss_clipped_to_norm_1(size, kl_weight, checkpointing):
     run, roll = four_pictures(kl_weight=kl_weight)
+    if checkpointing:  # what the backward pass computes again has to have the LoRA, whatever came between
+        run.policy.unet.enable_gradient_checkpointing()
     roll = roll._replace(advantage=ADVANTAGE * size)
     expected = by_hand(run, roll, STEPS, clip_range=math.inf)
     learned = sd.update(run, roll)
@@ -399,3 +405,24 @@ def test_overflow_in_fp16_is_counted_and_not_logged_as_a_gradient():
     learned = sd.update(run, roll)
     assert learned["overflows"] == 1 and "grad_norm" not in learned and not hasattr(run.optimizer, "seen")
     assert run.scaler.get_scale() < 1e38
+
+
+def test_a_picture_that_is_not_finite_is_refused_and_not_drawn_black(monkeypatch):
+    run, roll = four_pictures()
+    decode = run.vae.decode
+    monkeypatch.setattr(run.vae, "decode", lambda x: SimpleNamespace(sample=decode(x).sample / 0))
+    with pytest.raises(FloatingPointError, match="a picture is not finite"):
+        sd.rollout(run, roll.context, NONE_JUDGED, [*map(sd.generator, range(4))])
+
+
+def test_samples_are_pixelated_unless_all_labels_are_faces_or_the_user_says_so(tmp_path, monkeypatch):
+    run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny")), ["an astronaut"], denoise_steps=2)
+    run = run._replace(settings={"prompts": [("an astronaut", "an astronaut", False)]})
+    monkeypatch.setattr(sd, "pixelate", lambda session, images: images * 0)
+    for i, (labels, uncensored, hidden) in enumerate([
+            (sd.NUDITY, False, True), (sd.NUDITY, True, False), (("FACE_FEMALE",), False, False),
+            (("FACE_FEMALE", "BELLY_EXPOSED"), False, True)]):
+        args = dataclasses.replace(run.args, labels=labels, show_uncensored=uncensored)
+        (tmp_path / str(i)).mkdir()
+        sd.draw(run._replace(args=args), [], tmp_path / str(i))
+        assert (np.asarray(Image.open(tmp_path / str(i) / "samples.png")) == 0).all() == hidden
