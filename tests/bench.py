@@ -390,8 +390,8 @@ def faithful_ddpo():
 
 ARMS = {  # flags over the embedded model's defaults
     "ours": {},
-    # its published configuration makes 4 updates a rollout, of a quarter of the pictures each; here each is of
-    # a quarter of the steps
+    # its published configuration makes 4 updates a rollout, each of a quarter of the pictures; here each is
+    # of a quarter of the steps
     "faithful DDPO": dict(denoise_steps=50, train_timesteps=49, train_until=1.0, updates_per_step=4,
                           clip_range=1e-4, kl_weight=0.0, held_per_step=0, prompts_per_step=6,
                           decay_steps=10**9, optimizer_8bit=False),
