@@ -61,6 +61,7 @@ def test_scoring_what_was_drawn_gives_the_same_log_prob_and_per_sample_alphas_wo
 @pytest.mark.parametrize(("change", "word"), [
     (dict(clip_sample=True), "clips"), (dict(thresholding=True), "clips"),
     (dict(prediction_type="sample"), "sample"), (dict(beta_start=0.0, beta_end=0.0), "noise"),
+    (dict(trained_betas=[1e-4] * 400 + [0.0] * 200 + [2e-2] * 400), "noise"),  # none in the middle
     (dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "zero terminal SNR"),
     (dict(rescale_betas_zero_snr=True, beta_start=0.99999, beta_end=0.99999, beta_schedule="linear"),
      "noise")])
