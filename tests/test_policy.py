@@ -92,18 +92,20 @@ def test_the_ratio_of_an_unchanged_policy_is_exactly_one(precision):
             assert loss.requires_grad and torch.equal(ratio, torch.ones(2))  # as in the update
 
 
-def test_pictures_do_not_depend_on_the_batch_size_and_stock_diffusers_draws_them_too(pipe):
+def test_pictures_do_not_depend_on_the_batch_size_and_stock_diffusers_draws_them_too():
+    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"))
+    pipe.vae.register_to_config(scaling_factor=0.7)  # the embedded one is 1, Stable Diffusion's 0.18
     def seeds():
         return [sd.generator("batch", i) for i in range(3)]
 
     prompts, held = ["an astronaut", "a cat", "a rocket"], torch.ones(3, dtype=bool)
     stock = pipe(prompts, num_inference_steps=6, guidance_scale=3.0, eta=1.0, generator=seeds(),
                  output_type="np").images
-    run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny")), prompts, denoise_steps=6)
+    run = a_run(pipe, prompts, denoise_steps=6)
     one, three = (sd.rollout(run._replace(args=dataclasses.replace(run.args, micro_batch=b)), run.context,
                              held, seeds()).images.astype(int) for b in (1, 3))
     assert abs(one - three).max() <= 1  # a rounding of the last bit
-    assert abs((stock * 255).round() - three).max() <= 1
+    assert abs((stock * 255).round() - three).max() <= 1 and abs((stock * 255).round() - three).mean() < 0.01
 
 
 def test_advantages_are_float_centred_zero_for_constant_groups_and_finite_for_a_group_of_one():
