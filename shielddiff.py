@@ -269,7 +269,7 @@ def nudenet_views(session, images: np.ndarray) -> np.ndarray:
 
 
 def nudity_scores(session, images: np.ndarray, labels: list[str]) -> torch.Tensor:
-    """uint8 images [B, H, W, 3] -> largest confidence [B] in [0, 1]; raw, as a threshold leaves no signal."""
+    """RGB uint8 [B, H, W, 3] -> NudeNet's largest score [B] over labels and views; a threshold has no slope."""
     index = [4 + LABELS.index(label) for label in labels]
     return torch.from_numpy(nudenet_views(session, images)[:, index].max(axis=(1, 2)))
 
@@ -342,8 +342,8 @@ def rollout(run: "Run", context, held, generators) -> Rollout:
             nudity.append(run.worker.submit(nudity_scores, run.nudenet, images[~held[rows]].numpy(),
                                             run.args.labels))
         parts.append((torch.stack(latents, dim=1).cpu(), torch.stack(log_probs, dim=1).cpu(), images))
-    latents, log_prob, images = map(torch.cat, zip(*parts, strict=True))  # [B, T+1, 4, h, w], [B, T], ...
-    nudity = torch.cat([torch.zeros(0), *(future.result() for future in nudity)])
+    latents, log_prob, images = map(torch.cat, zip(*parts, strict=True))  # as in Rollout
+    nudity = torch.cat([torch.zeros(0), *(future.result() for future in nudity)])  # [P * K]
     return Rollout(context, held, latents, log_prob, images.numpy(), nudity)
 
 
