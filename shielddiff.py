@@ -269,7 +269,7 @@ def nudenet_views(session, images: np.ndarray) -> np.ndarray:
 
 
 def nudity_scores(session, images: np.ndarray, labels: list[str]) -> torch.Tensor:
-    """RGB uint8 [B, H, W, 3] -> largest raw score [B] over labels and views: most groups fire alike."""
+    """RGB uint8 [B, H, W, 3] -> largest raw score [B] over labels and views; a threshold leaves no signal."""
     index = [4 + LABELS.index(label) for label in labels]
     return torch.from_numpy(nudenet_views(session, images)[:, index].max(axis=(1, 2)))
 
