@@ -14,9 +14,8 @@ picture is a black box with two terms, each standardised among the K pictures of
            max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
            kl_weight * mean((mu_theta - mu_frozen)^2)        where it is benign
 
-The nudity term removes the content, the CLIP term keeps the rest. Benign prompts are not rewarded (a false
-alarm must not change them) but held. Sections 1 to 5 are the method: start at policy_gradient_step, its
-pseudocode. Section 6 is what a run needs around it: prompts, models, files, and what goes wrong overnight.
+The nudity term removes the content, the CLIP term keeps the rest, and benign prompts are held. Sections 1 to
+5 are the method: start at policy_gradient_step. Section 6 is what a run needs: prompts, models, files.
 """
 import argparse
 import copy
@@ -34,6 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to whoever works
 # ruff: noqa: E402 (set before the imports: these two warn of packages that are not needed here)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -81,18 +81,18 @@ class Args:
     save_every: int = 1  # steps between checkpoints; a whole U-Net's take 5 GB and more: then 10, say
     show_uncensored: bool = False  # no mosaic over samples.png where a nudity label fires
     denoise_steps: int = 20  # DDIM steps T of a rollout; fewer than in later use is fine, and cheap
-    guidance_scale: float = 5.0  # of rollout and update; a little below that of later use is the harder case
-    train_timesteps: int = 5  # random timesteps trained per picture
-    train_until: float = 0.6  # rewarded share of the trajectory: later steps draw detail, not content
+    guidance_scale: float = 7.5  # of later use; trained at two thirds of it, which is the harder case
+    train_timesteps: int = 4  # random timesteps trained per picture
+    train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
-    updates_per_step: int = 1  # they share the trained timesteps; from 2 on PPO clips, in bf16 on rounding
-    learning_rate: float = 0.0  # of the first step; 0: 3e-4 for a LoRA (embedded: 5e-3), 1e-5 for a U-Net
-    decay_steps: int = 100  # the rate falls as 1 / sqrt(1 + step / this): a constant one jitters in the end
-    clip_range: float = 1e-4  # PPO clip on r_t; times D = 4*h*w that on the true log-ratio: 1.6 at 512 px
-    kl_weight: float = 10.0  # holds benign prompts; more denoising steps need a larger one, 0 leaves them out
+    updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
+    step_nats: float = 1.0  # how far a step moves the policy, where every group has signal: see sized_update
+    learning_rate: float = 1e-3  # a first guess: each step's follows from how far the one before it moved
+    clip_range: float = 1.5  # PPO clip on the true log-ratio of a denoising step, in nats
+    kl_weight: float = 4.0  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
     clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
     nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
@@ -103,12 +103,11 @@ class Args:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of frozen weights and of the U-Net's arithmetic
 
 
-TINY = dict(  # what differs for the embedded model: another concept, 64 px, minutes instead of hours
-    steps=10, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
-    clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"), precision="fp32",
-    denoise_steps=8, guidance_scale=2.0, train_timesteps=4, prompts_per_step=6, held_per_step=24,
-    micro_batch=16, train_until=0.5, updates_per_step=4, decay_steps=5, clip_range=1.5e-3, kl_weight=3.0,
-    lora_rank=8, gradient_checkpointing=False)
+TINY = dict(  # what is run differs for the embedded model, not how: another concept, 64 px, minutes, no GPU
+    steps=8, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
+    clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"), guidance_scale=3.0,
+    denoise_steps=8, prompts_per_step=6, held_per_step=24, micro_batch=16, gradient_checkpointing=False,
+    precision="fp32")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -119,7 +118,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
     tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
     args = tyro.cli(Args, args=argv, default=Args(**TINY) if tiny else Args())
     args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model  # for --resume
-    args.learning_rate = args.learning_rate or (1e-5 if not args.lora_rank else 5e-3 if tiny else 3e-4)
     args.out = args.out or f"runs/{Path(args.model).name}-{args.seed}"
     return args
 
@@ -137,6 +135,7 @@ class Schedule(NamedTuple):
     alpha: torch.Tensor  # [T] fp32, alphas_cumprod at each timestep
     alpha_prev: torch.Tensor  # [T] fp32, alphas_cumprod at the next, less noisy, timestep
     prediction_type: str  # "epsilon" or "v_prediction"
+    gain: float  # mean over the trajectory of (d mean / d U-Net output)^2
 
 
 @dataclasses.dataclass
@@ -154,13 +153,11 @@ class Policy:
         trained, self.unet = self.unet, self.before or self.unet
         if not self.before:
             trained.disable_adapters()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.unet = trained
-            if not self.before:
-                trained.enable_adapters()
+        with torch.no_grad():
+            yield
+        self.unet = trained
+        if not self.before:
+            trained.enable_adapters()
 
 
 def ddim_scheduler(config: dict) -> DDIMScheduler:
@@ -178,14 +175,15 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
     if steps > n:
         fail(f"--denoise-steps {steps}: the model has {n} timesteps only")
     scheduler.set_timesteps(steps)
-    t, alphas_cumprod, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
+    t, of_t, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
     previous = t - n // steps
-    alpha_prev = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
-    if not (ddim_sigma(alphas_cumprod[t], alpha_prev)[:-1] > 0).all():  # NaN compares false as well
+    alpha, alpha_prev = of_t[t], torch.where(previous >= 0, of_t[previous.clamp(min=0)], final)  # [T]
+    if not (ddim_sigma(alpha, alpha_prev)[:-1] > 0).all():  # NaN compares false as well
         fail("the model's scheduler has a step without noise among those to train: no log-prob exists there")
-    if kind == "epsilon" and alphas_cumprod[t[0]] < 1e-6:  # the picture is divided by its square root
+    if kind == "epsilon" and alpha[0] < 1e-6:  # the picture is divided by its square root
         fail("the model's scheduler begins at zero signal (zero terminal SNR) and yet predicts noise, not v")
-    return Schedule(t, alphas_cumprod[t], alpha_prev, kind)
+    mean = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, kind, noise=0)[2]
+    return Schedule(t, alpha, alpha_prev, kind, mean[:-1].square().mean().item())
 
 
 def ddim_sigma(alpha, alpha_prev, eta=1.0):
@@ -244,34 +242,29 @@ def load_nudenet() -> onnxruntime.InferenceSession:
 
 
 def nudenet_raw(session, images: np.ndarray, resolution: int) -> np.ndarray:
-    """NudeNet's network on RGB uint8 [B, H, W, 3] -> [B, 4 + 18, anchors]: box cx, cy, w, h in pixels, then
-    scores. As in nudenet's own detect(), black padding right and below makes a square, which is resized.
-    Raises TypeError for anything but uint8: NudeNet itself sees nothing in floats, and says nothing."""
+    """RGB uint8 [B, H, W, 3] -> [B, 4 + 18, anchors]: box cx, cy, w, h, then NudeNet's scores; padded and
+    resized as by its own detect(). TypeError for anything else: NudeNet itself sees nothing in floats."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise TypeError(f"NudeNet needs RGB uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
     side = max(images.shape[1:3])
     square = np.pad(images, ((0, 0), (0, side - images.shape[1]), (0, side - images.shape[2]), (0, 0)))
     blob = cv2.dnn.blobFromImages(list(square), 1 / 255, (resolution, resolution))  # [B, 3, r, r]
-    raw = session.run(None, {"images": blob})[0]
-    raw[:, :4] *= side / resolution
-    return raw
+    return session.run(None, {"images": blob})[0]
 
 
-def nudenet_views(session, images: np.ndarray) -> np.ndarray:
-    """nudenet_raw over four views, the anchors of all in a row: two resolutions (320 misses faces at 64 px),
-    plain and mirrored. A policy finds the blind spots of a single view within 20 steps."""
-    views = []
+def nudenet_views(images: np.ndarray):
+    """The four views of images [B, H, W, 3] that NudeNet gets: a policy finds the blind spots of a single one
+    within 20 steps. Yields resolution (320 misses faces at 64 px), 1 or -1 if mirrored, and the images."""
     for resolution in (192, 96) if max(images.shape[1:3]) <= 128 else (320, 256):
-        views.append(nudenet_raw(session, images, resolution))
-        views.append(nudenet_raw(session, np.ascontiguousarray(images[:, :, ::-1]), resolution))
-        views[-1][:, 0] = images.shape[2] - views[-1][:, 0]  # its boxes, mirrored back
-    return np.concatenate(views, axis=2)  # [B, 4 + 18, anchors]
+        for mirror in (1, -1):
+            yield resolution, mirror, np.ascontiguousarray(images[:, :, ::mirror])
 
 
 def nudity_scores(session, images: np.ndarray, labels: list[str]) -> torch.Tensor:
     """RGB uint8 [B, H, W, 3] -> largest raw score [B] over labels and views; a threshold leaves no signal."""
     index = [4 + LABELS.index(label) for label in labels]
-    return torch.from_numpy(nudenet_views(session, images)[:, index].max(axis=(1, 2)))
+    return torch.from_numpy(np.max([nudenet_raw(session, view, resolution)[:, index].max(axis=(1, 2))
+                                    for resolution, _, view in nudenet_views(images)], axis=0))
 
 
 @torch.no_grad()
@@ -322,11 +315,9 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def rollout(run: "Run", context, held, generators) -> Rollout:
-    """Draw pictures of context [2, B, 77, d], one generator each, drawn from in diffusers' order:
-    StableDiffusionPipeline(eta=1, generator=...) draws the same. NudeNet judges those not held [B].
-    Raises FloatingPointError where a picture is not finite."""
-    unet, vae, size = run.policy.unet, run.vae, run.policy.unet.config.sample_size
-    parts, nudity = [], []
+    """Draw pictures of context [2, B, 77, d], one generator each, as StableDiffusionPipeline(eta=1) does; let
+    NudeNet judge those not held [B]. Raises FloatingPointError where a picture is not finite."""
+    unet, vae, size, parts, nudity = run.policy.unet, run.vae, run.policy.unet.config.sample_size, [], []
     for rows in torch.arange(len(held)).split(run.args.micro_batch):
         gens, ctx, log_probs = [generators[i] for i in rows], context[:, rows].to(unet.device), []
         latents = [randn_tensor((len(rows), 4, size, size), gens, unet.device)]  # [b, 4, h, w] each
@@ -355,24 +346,24 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range):
     return loss, ratio
 
 
-def losses(args: Args, policy: Policy, roll: Rollout, rows, s, clipped: bool):
+def losses(policy: Policy, roll: Rollout, rows, s, clip_range=0.0, kl_weight=0.0):
     """Loss, importance ratio and drift [b] of pictures `rows` [b], each at a step s [b] of its own.
 
     Held pictures have an advantage of 0, and on them alone the KL to the frozen policy acts: the others must
-    be free to move. Without the factor 1 / (2 sigma^2), which blows up at the end of the trajectory, the KL
-    of two Gaussians is the squared distance of their means: the drift."""
+    be free to move. Its factor 1 / (2 sigma^2) blows up at the end of the trajectory; without it, it is the
+    squared distance of two means: the drift, in units of predicted noise."""
     context, x, x_prev, old_log_prob, advantage, held = (
         v.to(policy.unet.device) for v in (
             roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
             roll.advantage[rows], roll.held[rows]))  # [2, b, 77, d], [b, 4, h, w] twice, [b] three times
     _, log_prob, mean = act(policy, x, s, context, x_prev=x_prev)
-    loss, ratio = policy_loss(log_prob, old_log_prob, advantage, args.clip_range if clipped else math.inf)
+    loss, ratio = policy_loss(log_prob, old_log_prob, advantage, clip_range or math.inf)
     drift = torch.zeros_like(loss)
     if held.any():
         with policy.frozen():
             mean_frozen = act(policy, x, s, context, x_prev=x_prev)[2]
-        drift = (mean - mean_frozen).square().mean(dim=(1, 2, 3)) * held
-    return loss + args.kl_weight * drift, ratio, drift
+        drift = (mean - mean_frozen).square().mean(dim=(1, 2, 3)) / policy.schedule.gain * held
+    return loss + kl_weight * drift, ratio, drift
 
 
 def update(run: "Run", roll: Rollout) -> dict:
@@ -381,6 +372,7 @@ def update(run: "Run", roll: Rollout) -> dict:
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     seen, norms, self_check = [torch.zeros(4, 0)], [], 0.0  # seen: loss, ratio, drift and held of [b] each
+    clip_range = args.clip_range / roll.latents[0, 0].numel()  # of means over D, not sums
     finite(roll.advantage, "a reward")
     batches = [rows for rows in torch.arange(len(roll.held)).split(args.micro_batch)
                if roll.advantage[rows].any() or roll.held[rows].any()]  # the others' gradient is zero
@@ -388,20 +380,19 @@ def update(run: "Run", roll: Rollout) -> dict:
         optimizer.zero_grad()
         for rows in batches:
             for s in steps[rows].T:  # [b], one step a picture
-                loss, ratio, drift = losses(args, run.policy, roll, rows, s, clipped=i > 0)
+                loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), args.kl_weight)
                 scaler.scale(loss.sum() / steps.numel()).backward()
                 seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
         if i == 0 and not held.all():  # nothing is updated yet: the policy that scores has sampled, too
             self_check = (ratio[held == 0] - 1).abs().max().item()
-            if self_check > args.clip_range and args.updates_per_step > 1:  # a single update is not clipped
+            if self_check > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: the unchanged policy scores its own rollout with ratios off by "
                      f"{self_check:.1e}, over --clip-range; try --attention sdpa or --precision fp32", code=1)
         scaler.unscale_(optimizer)
         norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item())
-        if not scaler.is_enabled():
-            finite(torch.tensor(norms[-1]), "the gradient")
+        finite(torch.tensor(0.0 if scaler.is_enabled() else norms[-1]), "the gradient")
         scaler.step(optimizer)  # in fp16 an update that overflows is skipped, and the scale halved
         scaler.update()
         finite(torch.tensor(norms[-1] if scaler.get_scale() < 1 else 0.0), "the gradient at any fp16 scale")
@@ -409,8 +400,31 @@ def update(run: "Run", roll: Rollout) -> dict:
     ratio, drift, norm = ratio[held == 0], drift[held == 1], torch.tensor(norms)
     means = dict(approx_kl=0.5 * ratio.log().square(), drift=drift, grad_norm=norm[norm.isfinite()],
                  overflows=norm.isfinite().logical_not().float(),
-                 clip_fraction=((ratio - 1).abs() > args.clip_range).float())
+                 clip_fraction=((ratio - 1).abs() > clip_range).float())
     return {k: v.mean().item() for k, v in means.items() if len(v)} | dict(ratio_max_dev=self_check)
+
+
+@torch.no_grad()
+def nats_moved(run: "Run", roll: Rollout) -> float:
+    """How far the policy has moved since the rollout: the KL over the rewarded part of a trajectory, in nats.
+    A step's true log-ratio has a variance of 2 KL; one step of each rewarded picture is scored for it."""
+    rewarded = torch.arange(len(roll.held))[~roll.held].split(run.args.micro_batch)
+    ratio = torch.cat([losses(run.policy, roll, rows, roll.steps[rows, 0])[1].cpu() for rows in rewarded])
+    return 0.5 * (ratio.log() * roll.latents[0, 0].numel()).square().mean().item() * trainable(run.args)
+
+
+def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
+    """update by --step-nats times the signal, 0 to 1, that there is. A step that went over 1.5 times as far
+    goes back part of the way, and the next learning rate is this one's times what it was short of or over."""
+    group, wanted = run.optimizer.param_groups[0], run.args.step_nats * signal
+    group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
+    learned, moved = update(run, roll), [nats_moved(run, roll)]
+    while moved[-1] > 1.5 * wanted and len(moved) < 4:
+        for p, old in zip(group["params"], before, strict=True):
+            p.data.lerp_(old.to(p.device), 1 - (wanted / moved[-1]) ** 0.5)
+        moved.append(nats_moved(run, roll))
+    group["rate"] *= min(max((wanted / max(moved[0], 1e-9)) ** 0.5, 0.4), 2.5)
+    return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_return=moved[0], signal=signal)
 
 
 def finite(numbers: torch.Tensor, what: str):
@@ -438,8 +452,7 @@ class Run(NamedTuple):
 
 
 def generator(*key) -> torch.Generator:
-    """A CPU generator that depends on key alone: a resumed run draws what the uninterrupted one would have,
-    whatever the batch size and the device."""
+    """A CPU generator that depends on key alone: a resumed run draws what the uninterrupted one would."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -476,20 +489,21 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     advantages = group_advantages(clip_score, nudity, args.clip_weight, args.nudity_weight)  # [P, K]
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
-    run.optimizer.param_groups[0]["lr"] = rate = args.learning_rate / math.sqrt(1 + step / args.decay_steps)
+    group, spread = run.optimizer.param_groups[0], nudity.std(dim=1, correction=0)  # [P]: 0.2 is enough
+    group["signal"] = 0.5 * group.get("signal", 1.0) + 0.5 * (spread / 0.2).clamp(max=1).mean().item()
     rng = generator(args.seed, "timesteps", step)
     steps = torch.stack([torch.randperm(args.denoise_steps - 1 if hold else trainable(args), generator=rng)
                          [:args.train_timesteps] for hold in held])  # [B, k]
     torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
     advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(benign)))  # [B]
-    learned = update(run, roll._replace(advantage=advantage, steps=steps))
+    learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), group["signal"])
     clock.append(time.perf_counter())
     sampled, judged, learnt = np.diff(clock).tolist()
     return dict(
         step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
         nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
         clip_score=clip_score.mean().item(), groups_without_signal=(advantages == 0).all(dim=1).sum().item(),
-        **learned, lr=rate, seconds_rollout=sampled, seconds_reward=judged, seconds_update=learnt,
+        **learned, seconds_rollout=sampled, seconds_reward=judged, seconds_update=learnt,
         peak_gpu_memory_mb=torch.cuda.max_memory_allocated() / 2**20)
 
 
@@ -614,7 +628,6 @@ def make_trainable(unet, rank: int):
 class RoundingAdamW8bit(AdamW8bit):
     """AdamW8bit that needs no fp32 copy of bf16 weights: each is updated in fp32, then rounded up or down by
     chance, so that the mean is kept. To the nearest, updates under 0.2 % of a weight would be lost."""
-
     def update_step(self, group, p, gindex, pindex):
         weight = p.data
         p.data, p.grad = weight.float(), p.grad.float()
@@ -625,9 +638,8 @@ class RoundingAdamW8bit(AdamW8bit):
             p.data = weight.copy_((bits & -(1 << 16)).view(torch.float32))
 
 
-def set_up(args: Args, settings: dict, device: str) -> Run:
-    """Everything that a step works with, loaded and ready to train."""
-    pairs = settings["prompts"]
+def set_up(args: Args, settings: dict, pairs: list[tuple[str, str, bool]], device: str) -> Run:
+    """Everything that a step works with, loaded and ready to train on these prompts."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     low = args.lora_rank or args.precision == "bf16" and args.optimizer_8bit  # see RoundingAdamW8bit
@@ -640,9 +652,10 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     unet, session = pipe.unet, load_nudenet()
     prove(session, unet.config.sample_size * pipe.vae_scale_factor)
     attention = pick_attention(unet, args.attention, dtype)
-    policy = Policy(unet, noise_schedule(pipe.scheduler.config, args.denoise_steps), args.guidance_scale,
-                    torch.autocast(device, dtype, enabled=args.precision != "fp32"),
-                    before=copy.deepcopy(unet).to(dtype) if benign and not args.lora_rank else None)
+    schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
+    autocast = torch.autocast(device, dtype, enabled=args.precision != "fp32")
+    policy = Policy(unet, schedule, args.guidance_scale / 1.5, autocast,
+                    copy.deepcopy(unet).to(dtype) if benign and not args.lora_rank else None)
     torch.manual_seed(args.seed)  # for the LoRA's initial weights
     make_trainable(unet, args.lora_rank)
     if args.gradient_checkpointing:
@@ -650,18 +663,17 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     trained = [p for p in unet.parameters() if p.requires_grad]
     print(f"attention {attention}, {args.precision}, {sum(p.numel() for p in trained):,} trained parameters")
     optimizer = (RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW)(trained)
+    optimizer.param_groups[0]["rate"] = args.learning_rate
     scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
     return Run(args, settings, policy, pipe.vae, context, captions, eliciting, benign, clip.to("cpu"),
                processor, session, optimizer, scaler, ThreadPoolExecutor(1))
 
 
 def write_atomically(path: Path, write):
-    """write(temporary path), flush it to disk, rename it: a reader sees the old file or the new one."""
+    """write(temporary path), then rename it: whenever it is read, it is the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         temporary.replace(path)
     except Exception as error:  # a full disk has another name in every library
         temporary.unlink(missing_ok=True)
@@ -688,26 +700,15 @@ def save(run: Run, metrics: list[dict], out: Path):
     write_atomically(path, lambda p: save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, p))
 
 
-def pixelate(session, images: np.ndarray, labels: list[str] = NUDITY) -> np.ndarray:
-    """RGB uint8 images [B, H, W, 3] with a mosaic over each box in which a view of NudeNet sees a label."""
-    index, hidden = [4 + LABELS.index(label) for label in labels], images.copy()
-    for image, raw in zip(hidden, nudenet_views(session, images), strict=True):  # raw [22, anchors]
-        for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T:
-            box = [max(int(v), 0) for v in (cy - h / 2, cy + h / 2 + 1, cx - w / 2, cx + w / 2 + 1)]
-            patch = image[box[0]:box[1], box[2]:box[3]]
-            if patch.size:  # else the box lies in the padding
-                tiles = cv2.resize(patch, (4, 4), interpolation=cv2.INTER_AREA)
-                patch[:] = cv2.resize(tiles, patch.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    return hidden
-
-
 def draw(run: Run, metrics: list[dict], out: Path):
     """samples.png: up to twelve prompts before training and, in a row below, after it; and curves.png."""
     shown = list(range(len(run.settings["prompts"])))[::max(1, len(run.settings["prompts"]) // 12)][:12]
     gens = [generator(run.args.seed, "sample", i) for i in shown]
     images = rollout(run, run.context[:, shown], torch.ones(len(shown), dtype=bool), gens).images
     if not run.args.show_uncensored and not all(label.startswith("FACE_") for label in run.args.labels):
-        images = pixelate(run.nudenet, images)
+        for i in np.flatnonzero(nudity_scores(run.nudenet, images, NUDITY) > 0.2):  # a mosaic of 8 by 8
+            tiles = cv2.resize(images[i], (8, 8), interpolation=cv2.INTER_AREA)
+            images[i] = cv2.resize(tiles, images[i].shape[1::-1], interpolation=cv2.INTER_NEAREST)
     row, path = np.concatenate(images, axis=1), out / "samples.png"  # [H, n * W, 3]
     above = [np.asarray(Image.open(path))[:len(row)]] if path.exists() else []
     sheet, figure = Image.fromarray(np.concatenate([*above, row])), Figure((12, 6), layout="constrained")
@@ -770,7 +771,7 @@ def train(args: Args):
     why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     try:
-        run = set_up(args, settings, device)
+        run = set_up(args, settings, pairs, device)
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:
@@ -790,8 +791,8 @@ def train(args: Args):
     except KeyboardInterrupt:  # at whatever byte, as SIGTERM and kill -9
         fail("stopped; where a checkpoint is saved, the same command with --resume goes on", code=130)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
-        fail(f"{str(error).splitlines()[0]}: --precision bf16 may help; for memory --resume --micro-batch "
-             f"{max(args.micro_batch // 2, 1)}, --gradient-checkpointing, a LoRA", code=1)
+        fail(f"{str(error).splitlines()[0]}: try --precision bf16 or, for memory, a LoRA or --resume "
+             f"--micro-batch {max(args.micro_batch // 2, 1)}", code=1)
     print(f"done: {out} holds {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}")
 
 

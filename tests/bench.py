@@ -116,7 +116,7 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
     if pixels:
         pipe.unet.register_to_config(sample_size=pixels // pipe.vae_scale_factor)
     policy = sd.Policy(pipe.unet, sd.noise_schedule(pipe.scheduler.config, args.denoise_steps),
-                       args.guidance_scale, torch.autocast(device, dtype, args.precision != "fp32"))
+                       args.guidance_scale / 1.5, torch.autocast(device, dtype, args.precision != "fp32"))
     context = sd.encode_prompts(pipe, prompts)
     pipe.text_encoder = None
     sd.pick_attention(pipe.unet, args.attention, dtype)
@@ -144,7 +144,9 @@ def step(run: sd.Run) -> dict:
     middle = clock()
     held = torch.arange(n) >= args.prompts_per_step * args.group_size
     steps = torch.stack([torch.randperm(sd.trainable(args))[:args.train_timesteps] for _ in range(n)])
-    learned = sd.update(run, roll._replace(held=held, advantage=torch.randn(n) * ~held, steps=steps))
+    run.optimizer.param_groups[0].setdefault("rate", 1e-6)
+    roll = roll._replace(held=held, advantage=torch.randn(n) * ~held, steps=steps)
+    learned = sd.sized_update(run, roll, signal=1.0)
     end = clock()
     return dict(rollout=(middle - start) / n, update=(end - middle) / n, ratio=learned["ratio_max_dev"],
                 peak_gb=torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0)
@@ -385,7 +387,12 @@ def faithful_ddpo():
             result[i] = (rewards[i] - known.mean()) / (known.std() + 1e-8)
         return result.clamp(-clamp, clamp)
 
-    return dict(nudity_scores=detected, prompts_of_step=prompts_of_step, group_advantages=advantages)
+    def constant_rate(run, roll, signal):
+        run.optimizer.param_groups[0]["lr"] = run.args.learning_rate
+        return sd.update(run, roll)
+
+    return dict(nudity_scores=detected, prompts_of_step=prompts_of_step, group_advantages=advantages,
+                sized_update=constant_rate)
 
 
 ARMS = {  # flags over the embedded model's defaults
@@ -393,8 +400,8 @@ ARMS = {  # flags over the embedded model's defaults
     # its published configuration makes 4 updates a rollout, each of a quarter of the pictures; here each is
     # of a quarter of the steps
     "faithful DDPO": dict(denoise_steps=50, train_timesteps=49, train_until=1.0, updates_per_step=4,
-                          clip_range=1e-4, kl_weight=0.0, held_per_step=0, prompts_per_step=6,
-                          decay_steps=10**9, optimizer_8bit=False),
+                          clip_range=1e-4 * 1024, learning_rate=5e-3, kl_weight=0.0, held_per_step=0,
+                          prompts_per_step=6, optimizer_8bit=False),
     "whole trajectory rewarded": dict(train_until=1.0),
     "one update a step": dict(updates_per_step=1),
     "20 denoising steps": dict(denoise_steps=20),
@@ -444,7 +451,7 @@ def judge(lora: dict) -> dict:
     args = tiny_args()
     pairs = sd.read_prompts(args.prompts)
     clip, processor = sd.load_clip(args.clip_model)
-    args = dataclasses.replace(args, denoise_steps=20, guidance_scale=3.0)  # eval.py's, not training's
+    args = dataclasses.replace(args, denoise_steps=20, guidance_scale=4.5)  # eval.py's, not training's
     scores = {}
     for kind in (True, False):
         some = [p for p in pairs if p[2] == kind] * (3 if kind else 2)

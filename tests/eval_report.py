@@ -169,6 +169,20 @@ def headline(sets: dict, rival: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ the pictures
+def pixelate(session, images: np.ndarray, labels=sd.NUDITY) -> np.ndarray:
+    """RGB uint8 images [B, H, W, 3] with a mosaic over each box in which a view of NudeNet sees a label."""
+    index, hidden = [4 + sd.LABELS.index(label) for label in labels], images.copy()
+    for resolution, mirror, view in sd.nudenet_views(images):
+        raws, scale = sd.nudenet_raw(session, view, resolution), max(images.shape[1:3]) / resolution
+        for image, raw in zip(hidden[:, :, ::mirror], raws, strict=True):  # raw [22, anchors]
+            for cx, cy, w, h in raw[:4, raw[index].max(axis=0, initial=0) > 0.2].T * scale:
+                top, left = max(int(cy - h / 2), 0), max(int(cx - w / 2), 0)
+                patch = image[top:int(cy + h / 2) + 1, left:int(cx + w / 2) + 1]
+                if patch.size:  # else the box lies in the padding
+                    patch[:] = mosaic(patch)
+    return hidden
+
+
 def mosaic(picture: np.ndarray, cells=4) -> np.ndarray:
     """All of a picture [H, W, 3] in cells x cells tiles of one colour."""
     small = cv2.resize(picture, (cells, cells), interpolation=cv2.INTER_AREA)
@@ -231,7 +245,7 @@ class Gallery(NamedTuple):
         image = np.asarray(Image.open(key.path(self.out)))
         if not self.uncensored:
             nudity = {*sd.NUDITY, *(label for label in self.labels if not label.startswith("FACE_"))}
-            hidden = sd.pixelate(self.session, image[None], sorted(nudity))[0]
+            hidden = pixelate(self.session, image[None], sorted(nudity))[0]
             boxed = bool((hidden != image).any())
             image = mosaic(image) if hides_whole(self.records[key]["fires"], boxed, self.labels) else hidden
         image = Image.fromarray(image)

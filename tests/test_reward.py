@@ -5,6 +5,7 @@ import pytest
 import skimage.data
 import torch
 from conftest import ROOT
+from eval_report import pixelate
 from nudenet import NudeDetector
 from PIL import Image
 
@@ -70,10 +71,10 @@ def test_clip_prefers_the_matching_caption_and_truncates_long_ones():
 
 def test_pixelate_hides_what_nudenet_sees_and_nothing_else(session):
     images = np.stack([astronaut((512, 512)), skimage.data.astronaut()[::-1, ::-1] // 8])
-    hidden = sd.pixelate(session, images, FACES)
+    hidden = pixelate(session, images, FACES)
     assert sd.nudity_scores(session, hidden[:1], FACES).item() < sd.FIRES
     assert (hidden[0] != images[0]).any() and (hidden[0, 350:] == images[0, 350:]).all()
-    assert np.array_equal(sd.pixelate(session, images, ()), images)
+    assert np.array_equal(pixelate(session, images, ()), images)
 
 
 def test_pixelate_hides_what_only_the_mirrored_view_shows_and_survives_boxes_in_the_padding(monkeypatch):
@@ -84,21 +85,11 @@ def test_pixelate_hides_what_only_the_mirrored_view_shows_and_survives_boxes_in_
     def box(cx):
         def raw(_, images, r):
             seen = float(images[0, 0, 0].any())
-            return np.array([[[cx * 64.0], [8.0], [16.0], [16.0], *[[seen]] * 18]])  # [1, 4 + 18, 1 anchor]
+            return np.array([[[cx * r], [r / 8], [r / 4], [r / 4], *[[seen]] * 18]])  # [1, 4 + 18, 1 anchor]
         return raw
 
     monkeypatch.setattr(sd, "nudenet_raw", box(1 / 8))
-    changed = (sd.pixelate(None, pixels) != pixels).any(axis=(0, 3))  # [H, W]
+    changed = (pixelate(None, pixels) != pixels).any(axis=(0, 3))  # [H, W]
     assert changed[:16, 48:].mean() > 0.9 and not changed[:, :47].any() and not changed[17:].any()
     monkeypatch.setattr(sd, "nudenet_raw", box(7 / 8))
-    assert np.array_equal(sd.pixelate(None, pixels[:, :, :32]), pixels[:, :, :32])
-
-
-@pytest.mark.parametrize("resolution", [320, 256, 96])
-def test_boxes_are_in_the_picture_s_pixels_whatever_the_resolution(session, resolution):
-    """Against the box of NudeNet's own detect."""
-    image = astronaut((300, 200))
-    (left, top, w, h), = [d["box"] for d in NudeDetector().detect(image) if d["class"] == "FACE_FEMALE"]
-    raw = sd.nudenet_raw(session, image[None], resolution)[0]  # [22, anchors]
-    best = raw[:4, raw[4 + sd.LABELS.index("FACE_FEMALE")].argmax()]
-    assert best == pytest.approx([left + w / 2, top + h / 2, w, h], abs=6)
+    assert np.array_equal(pixelate(None, pixels[:, :, :32]), pixels[:, :, :32])
