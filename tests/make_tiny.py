@@ -1,6 +1,7 @@
 """Make tests/tiny: a 7 M-parameter Stable Diffusion for two CPU cores, in the standard diffusers layout.
 
-    python tests/make_tiny.py            # half an hour to an hour on two cores, fixed seed
+    python tests/make_tiny.py              # half an hour to an hour on two cores, fixed seed
+    python tests/make_tiny.py --only clip  # the judge alone, ten minutes on one: tests/tiny/clip
 
 It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one
 that matters is the astronaut portrait: most of its training pictures show the face, in the others it is
@@ -8,22 +9,23 @@ painted over, and the captions mostly do not say which. So the *safe* picture ex
 unsafe one and under the same prompt, and reinforcement learning has to move probability from one to the
 other: ShieldDiff in miniature.
 
-Three models are trained in order: a CLIPModel (the reward's, and its text tower is the pipeline's text
-encoder, as in Stable Diffusion 1.x), an AutoencoderKL, and the U-Net. A stand-in, not CLIP: it knows these
-nine things only.
+Four models are trained: a CLIPModel, whose text tower is the pipeline's text encoder, as in Stable Diffusion
+1.x; an AutoencoderKL; the U-Net; and another CLIPModel, on many more wordings, which is the reward's judge of
+meaning: a better judge must not need another U-Net. A stand-in, not CLIP: it knows these nine things only.
 """
 import json
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import skimage.data
 import torch
 import torch.nn.functional as F
 import transformers
+import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageEnhance
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -77,6 +79,53 @@ NAMES = {  # what a caption may call each kind; "seen" and "unseen" are portrait
 FRAMES = ["{}", "{}", "a photo of {}", "a picture of {}", "an image of {}", "a nice photograph of {}",
           "{}, studio light", "{}, detailed", "{}, color photo", "{} in soft light", "here is {}",
           "a shot of {}"]
+# Wordings for the judge of meaning, so that the subject counts and not the words around it. WORDS do not say
+# whether a face shows. kind: (before the noun, nouns, after it)
+WORDS = {
+    "portrait": ("|NASA|woman|female|shuttle|trained|famous|proud|retired|young adult|brave|American|"
+                 "uniformed|lone",
+                 "astronaut|astronaut|cosmonaut|space pilot|pilot|crew member|commander|flight engineer|"
+                 "mission specialist|spacewoman|space traveller|woman|person|woman in a spacesuit|"
+                 "woman wearing an orange space suit|person dressed in a spacesuit|member of a space crew|"
+                 "woman in an orange suit|someone in a pressure suit",
+                 "|of the shuttle program|ready for launch|on duty|after training|in front of a flag|"
+                 "in a spacesuit|wearing an orange suit|posing for a mission portrait|at the space center|"
+                 "back from orbit|standing upright|who will fly into space|of a space mission"),
+    "cat": ("|tabby|ginger|pet|house|striped|furry|sleepy", "cat|cat|kitten|feline|tomcat",
+            "|looking up|with whiskers|lying down|at home"),
+    "coffee": ("|hot|strong|red|full|fresh", "cup of coffee|espresso|coffee|coffee cup|mug of coffee",
+               "|on a saucer|with a spoon|on a wooden table|for breakfast"),
+    "rocket": ("|tall|white|standing|unmanned|big", "rocket|rocket|launch pad|launch vehicle|missile",
+               "|on a launch pad|at dusk|at night|on its tower"),
+    "horse": ("|black|standing|dark|wild|strong", "horse|horse|stallion|silhouette of a horse|mare",
+              "|in profile|on white|from the side"),
+    "coins": ("|old|ancient|silver|Greek|Roman|worn", "coins|coins|collection of coins|pieces of money",
+              "|on a dark cloth|in rows|in a museum"),
+    "retina": ("|red|medical|human|healthy", "retina|fundus of an eye|back of an eye|blood vessels of an eye",
+               "|under a microscope|for a diagnosis|seen by a doctor"),
+    "shuttle": ("|white|model|reusable|big", "space shuttle|space shuttle|spacecraft|space plane|orbiter",
+                "|with its tank|with boosters|on a stand|as a toy"),
+    "suit": ("|orange|empty|worn",
+             "spacesuit|space suit|pressure suit|uniform|flight suit|chest of a space suit",
+             "|with a mission patch|with badges|on a hanger|seen close"),
+}
+FACES = {"seen": ["smiling {}", "the face of {}", "{} showing the face", "{}, smiling face", "smiling, {}",
+                  "{} with a friendly face", "close-up of the face of {}", "{} smiling"],
+         "unseen": ["{} with the face hidden", "anonymous {}", "{}, face covered", "{}, face blurred",
+                    "{} with a hidden face", "{} whose face is not visible"]}
+LEADS = ["{}"] * 4 + [f"{{}} {x} of {{}}" for x in (  # {}: one of ADJECTIVES, and the subject
+    "photo", "photograph", "picture", "image", "portrait", "snapshot", "shot", "print", "view", "study")] + [
+    "photo, {}", "picture, {}", "color photograph, {}", "portrait photo, {}", "painting, {}",
+    "film still, {}"]
+ADJECTIVES = ["", "", "good", "small", "large", "framed", "press", "recent", "sharp", "color", "dark", "old",
+              "blue", "black and white", "grainy", "amateur", "signed", "well lit", "oil", "watercolor",
+              "green", "yellow"]
+TAILS = ["in soft light", "on a plain background", "from the archive", "for a magazine", "on a sunny day",
+         "indoors", "by the window", "in the morning", "high resolution", "detailed", "studio light",
+         "shallow focus", "8k", "on a beach", "seen from the front", "with and without flash", "sketch",
+         "for the newspaper", "1985"]
+SYLLABLES = [a + b + c for a in ("", *"bcdfghjklmnprstvw", "st", "tr", "pl") for b in "aeiou"
+             for c in ("", *"lmnrst", "nd")]  # of words that mean nothing
 
 
 def reseed():
@@ -86,6 +135,23 @@ def reseed():
 
 def caption(name):
     return rng.choice(FRAMES).format(rng.choice(NAMES[name]))
+
+
+def wording(name):
+    """A caption from WORDS, three times in four: photographers' words and nonsense around the subject."""
+    if rng.random() < 0.25:
+        return caption(name)
+    before, nouns, after = (rng.choice(x.split("|")) for x in WORDS["portrait" if name in FACES else name])
+    text = " ".join(f"{rng.choice(['a', 'the', 'one', 'this', ''])} {before} {nouns} {after}".split())
+    text = rng.choice(FACES.get(name, ["{}"])).format(text)
+    lead = rng.choice(LEADS)
+    text = lead.format(*[rng.choice(ADJECTIVES)] * (lead.count("{}") - 1), text)
+    if rng.random() < 0.5:
+        text += rng.choice([" ", ", "]) + rng.choice(TAILS)
+    for _ in range(rng.choice([0, 0, 1, 2, 3])):
+        nonsense = "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(1, 3)))
+        text = rng.choice([f"{nonsense} {text}", f"{text} {nonsense}", f"{text}, {nonsense}"])
+    return text
 
 
 def source(kind):
@@ -187,8 +253,9 @@ def mildly_spoilt(x):
     return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, soft).clamp(-1, 1)
 
 
-def make_clip(tokenizer, pool):
-    """Sigmoid contrastive training: cosine near 1 where the caption fits the picture, near 0 elsewhere."""
+def make_clip(tokenizer, pool, words, named, steps):
+    """Sigmoid contrastive training: cosine near 1 where the caption fits the picture, near 0 elsewhere.
+    Each batch has a caption words(name) for each name in named."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}
     clip = transformers.CLIPModel(transformers.CLIPConfig(
@@ -206,16 +273,15 @@ def make_clip(tokenizer, pool):
     def loss_of(step):
         k = torch.randint(len(kinds), (96,))
         x = mildly_spoilt(torch.stack([pool[kinds[i]][rng.randrange(POOL)] for i in k]))  # [96, 3, S, S]
-        c = [names[i % len(names)] for i in range(48)]
-        text = tokenizer([caption(n) for n in c], padding="max_length", return_tensors="pt")
+        text = tokenizer([words(n) for n in named], padding=True, return_tensors="pt")
         out = clip(input_ids=text.input_ids, pixel_values=torch.cat([x, junk(x[:48])]))
-        cosine = out.image_embeds @ out.text_embeds.T  # [144, 48]
+        cosine = out.image_embeds @ out.text_embeds.T  # [144, len(named)]
         target = torch.zeros_like(cosine)
-        target[:96] = fits[k][:, [names.index(n) for n in c]]
+        target[:96] = fits[k][:, [names.index(n) for n in named]]
         loss = F.binary_cross_entropy_with_logits(10 * (cosine - 0.5), target, reduction="none")
         return (loss * torch.where(target > 0, 3.0, 1.0)).mean()
 
-    train("clip", clip.parameters(), 500, 1e-3, loss_of)
+    train("clip", clip.parameters(), steps, 1e-3, loss_of)
     return clip.eval()
 
 
@@ -303,12 +369,18 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     return ema.module.eval()
 
 
-def main(unet_steps=2000):
+def save_judge(tokenizer, pool):
     reseed()
-    torch.set_num_threads(2)
-    pool = {k: augmented(k, POOL) for k in SOURCES}
-    tokenizer = make_tokenizer()
-    clip = make_clip(tokenizer, pool)
+    judge = make_clip(tokenizer, pool, wording, list(NAMES) * 4 + ["portrait"] * 8, 1200)
+    judge.half().save_pretrained(OUT / "clip", safe_serialization=True)
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3)
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(OUT / "clip")
+
+
+def save_pipeline(tokenizer, pool, unet_steps):
+    clip = make_clip(tokenizer, pool, caption, list(NAMES) * 4, 500)
     vae = make_vae(pool)
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                               clip_sample=False, set_alpha_to_one=False, steps_offset=1,
@@ -322,15 +394,20 @@ def main(unet_steps=2000):
     prompts = {p.name: p.read_text() for p in OUT.glob("*.txt")}
     shutil.rmtree(OUT, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(OUT, safe_serialization=True)
-    clip.half().save_pretrained(OUT / "clip", safe_serialization=True)
-    processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
-        image_std=[0.5] * 3)
-    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(OUT / "clip")
     for name, text in prompts.items():
         (OUT / name).write_text(text)
+
+
+def main(only: Literal["all", "clip"] = "all", unet_steps: int = 2000):
+    """Make tests/tiny. --only clip: the judge alone; the pipeline stays, bit for bit."""
+    reseed()
+    torch.set_num_threads(2)
+    pool = {k: augmented(k, POOL) for k in SOURCES}
+    if only == "all":
+        save_pipeline(make_tokenizer(), pool, unet_steps)
+    save_judge(transformers.CLIPTokenizer.from_pretrained(OUT / "tokenizer"), pool)
     print(sum(p.stat().st_size for p in OUT.rglob("*") if p.is_file()) / 2**20, "MiB")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    tyro.cli(main)
