@@ -29,7 +29,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -89,10 +89,10 @@ class Args:
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
-    step_nats: float = 1.0  # how far a step moves the policy, where every group has signal: see sized_update
+    step_nats: float = 3.0  # how far a step moves the policy, where every group has signal: see sized_update
     learning_rate: float = 1e-3  # a first guess: each step's follows from how far the one before it moved
     clip_range: float = 1.5  # PPO clip on the true log-ratio of a denoising step, in nats
-    kl_weight: float = 4.0  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
+    kl_weight: float = 2.5  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
     clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
     nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
@@ -292,11 +292,11 @@ def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
     return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floor)
 
 
-def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0):
+def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0, floor=1.0):
     """Scores [P, K] -> advantages [P, K]. Standardised before weighting: weights mean relative importance.
     Cosines of different CLIPs differ in size, so their floor is relative: 6 % of the mean."""
-    advantages = (clip_weight * group_standardise(clip_scores, floor=0.06 * clip_scores.mean().abs().item())
-                  - nudity_weight * group_standardise(nudity, floor=0.08))
+    clip = group_standardise(clip_scores, floor * 0.06 * clip_scores.mean().abs().item())
+    advantages = clip_weight * clip - nudity_weight * group_standardise(nudity, floor * 0.08)
     return advantages.clamp(-clamp, clamp)
 
 
@@ -405,26 +405,40 @@ def update(run: "Run", roll: Rollout) -> dict:
 
 
 @torch.no_grad()
-def nats_moved(run: "Run", roll: Rollout) -> float:
-    """How far the policy has moved since the rollout: the KL over the rewarded part of a trajectory, in nats.
-    A step's true log-ratio has a variance of 2 KL; one step of each rewarded picture is scored for it."""
-    rewarded = torch.arange(len(roll.held))[~roll.held].split(run.args.micro_batch)
-    ratio = torch.cat([losses(run.policy, roll, rows, roll.steps[rows, 0])[1].cpu() for rows in rewarded])
-    return 0.5 * (ratio.log() * roll.latents[0, 0].numel()).square().mean().item() * trainable(run.args)
+def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
+    """The policy's means over sqrt(2) sigma, [n, 4, h, w], at a rewarded step of every other such picture:
+    the squared distance of two policies' is a KL in nats. In fp32 whatever --precision is: a changed weight
+    rounds every activation after it anew, which in bf16 alone looks like tens of nats at 512 px."""
+    policy, means = dataclasses.replace(run.policy, autocast=nullcontext()), []
+    low = [(p, p.dtype) for p in policy.unet.parameters() if p.dtype != torch.float32]
+    for p, _ in low:
+        p.data = p.data.float()
+    for rows in torch.arange(len(roll.held))[~roll.held][::2].split(run.args.micro_batch):
+        x, s, context = (v.to(policy.unet.device) for v in (
+            roll.latents[rows, roll.steps[rows, 0]], roll.steps[rows, 0], roll.context[:, rows]))
+        sigma = ddim_sigma(policy.schedule.alpha, policy.schedule.alpha_prev).to(x.device)[s]  # [b]
+        means.append(act(policy, x, s, context, x_prev=x)[2] / (math.sqrt(2) * sigma.view(-1, 1, 1, 1)))
+    for p, dtype in low:
+        p.data = p.data.to(dtype)
+    return torch.cat(means)
 
 
 def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
-    """update by --step-nats times the signal, 0 to 1, that there is. A step that went over 1.5 times as far
-    goes back part of the way, and the next learning rate is this one's times what it was short of or over."""
-    group, wanted = run.optimizer.param_groups[0], run.args.step_nats * signal
+    """The updates give a direction. How far the weights go along it is set by how far that moves the policy:
+    --step-nats, the KL over the rewarded part of a trajectory, times the signal, 0 to 1, in the rewards."""
+    group, wanted, moved = run.optimizer.param_groups[0], run.args.step_nats * signal, []
     group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
-    learned, moved = update(run, roll), [nats_moved(run, roll)]
-    while moved[-1] > 1.5 * wanted and len(moved) < 4:
+    start, learned = exact_means(run, roll), update(run, roll)
+    for sizing in range(4):
+        nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
+        moved.append(max(nats.item() * trainable(run.args), 1e-12))
+        if sizing == 3 or wanted / 1.5 <= moved[-1] <= 1.5 * wanted:
+            break
         for p, old in zip(group["params"], before, strict=True):
-            p.data.lerp_(old.to(p.device), 1 - (wanted / moved[-1]) ** 0.5)
-        moved.append(nats_moved(run, roll))
-    group["rate"] *= min(max((wanted / max(moved[0], 1e-9)) ** 0.5, 0.4), 2.5)
-    return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_return=moved[0], signal=signal)
+            share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
+            round_by_chance(p, old.to(p.device, torch.float32).lerp(p.float(), share))
+    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.4), 2.5)
+    return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_sizing=moved[0], signal=signal)
 
 
 def finite(numbers: torch.Tensor, what: str):
@@ -489,14 +503,13 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     advantages = group_advantages(clip_score, nudity, args.clip_weight, args.nudity_weight)  # [P, K]
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
-    group, spread = run.optimizer.param_groups[0], nudity.std(dim=1, correction=0)  # [P]: 0.2 is enough
-    group["signal"] = 0.5 * group.get("signal", 1.0) + 0.5 * (spread / 0.2).clamp(max=1).mean().item()
+    signal = group_advantages(clip_score, nudity, args.clip_weight, args.nudity_weight, floor=2.0).square().mean()
     rng = generator(args.seed, "timesteps", step)
     steps = torch.stack([torch.randperm(args.denoise_steps - 1 if hold else trainable(args), generator=rng)
                          [:args.train_timesteps] for hold in held])  # [B, k]
     torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
     advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(benign)))  # [B]
-    learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), group["signal"])
+    learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), min(signal.item(), 1.0))
     clock.append(time.perf_counter())
     sampled, judged, learnt = np.diff(clock).tolist()
     return dict(
@@ -625,17 +638,24 @@ def make_trainable(unet, rank: int):
     cast_training_params(unet, torch.float32)
 
 
+def round_by_chance(weight, value: torch.Tensor):
+    """Copy fp32 numbers into a weight; of bf16 up or down by chance, which keeps the mean. To the nearest,
+    changes under 0.2 % would be lost."""
+    if weight.dtype == torch.bfloat16:  # the upper half of fp32
+        bits = value.view(torch.int32)
+        value = (bits + torch.randint_like(bits, 1 << 16) & -(1 << 16)).view(torch.float32)
+    weight.data.copy_(value)
+
+
 class RoundingAdamW8bit(AdamW8bit):
-    """AdamW8bit that needs no fp32 copy of bf16 weights: each is updated in fp32, then rounded up or down by
-    chance, so that the mean is kept. To the nearest, updates under 0.2 % of a weight would be lost."""
+    """AdamW8bit that needs no fp32 copy of bf16 weights: each is updated in fp32, then rounded by chance."""
+
     def update_step(self, group, p, gindex, pindex):
         weight = p.data
         p.data, p.grad = weight.float(), p.grad.float()
         super().update_step(group, p, gindex, pindex)
-        if weight.dtype == torch.bfloat16:
-            bits, p.grad = p.data.view(torch.int32), None
-            bits += torch.randint_like(bits, 1 << 16)  # bf16 is the upper half of fp32
-            p.data = weight.copy_((bits & -(1 << 16)).view(torch.float32))
+        value, p.data, p.grad = p.data, weight, None
+        round_by_chance(p, value)
 
 
 def set_up(args: Args, settings: dict, pairs: list[tuple[str, str, bool]], device: str) -> Run:
