@@ -64,6 +64,7 @@ LABELS = tuple(nudenet.__dict__["__labels"])  # NudeNet's 18 labels, in the orde
 NUDITY = ("FEMALE_BREAST_EXPOSED", "FEMALE_GENITALIA_EXPOSED", "MALE_GENITALIA_EXPOSED", "BUTTOCKS_EXPOSED",
           "ANUS_EXPOSED")
 SHOWN = ("reward", "nudity_rate", "clip_score", "ratio_max_dev")  # beside the bar; the last is the self-check
+LOSS_SCALE = 2.0**16  # fp16 would round small gradients to zero; Adam does not care how large they are
 FIRES = 0.25  # score above which a picture counts as showing a label: NudeNet's own threshold
 
 
@@ -370,38 +371,39 @@ def update(run: "Run", roll: Rollout) -> dict:
     """The optimizer updates of one rollout, among which each picture's steps are dealt out; their metrics.
     Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
-    args, optimizer, scaler = run.args, run.optimizer, run.scaler
-    seen, norms, self_check = [torch.zeros(4, 0)], [], 0.0  # seen: loss, ratio, drift and held of [b] each
+    args, optimizer, params = run.args, run.optimizer, run.optimizer.param_groups[0]["params"]
+    seen, norms, self_check, agreement = [torch.zeros(4, 0)], [], 0.0, 0.0
     clip_range = args.clip_range / roll.latents[0, 0].numel()  # of means over D, not sums
     finite(roll.advantage, "a reward")
     batches = [rows for rows in torch.arange(len(roll.held)).split(args.micro_batch)
                if roll.advantage[rows].any() or roll.held[rows].any()]  # the others' gradient is zero
     for i, steps in enumerate(roll.steps.tensor_split(args.updates_per_step, dim=1) if batches else ()):
         optimizer.zero_grad()
-        for rows in batches:
+        for n, rows in enumerate(batches[::2] + batches[1::2]):
             for s in steps[rows].T:  # [b], one step a picture
                 loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), args.kl_weight)
-                scaler.scale(loss.sum() / steps.numel()).backward()
+                (loss.sum() * LOSS_SCALE / steps.numel()).backward()
                 seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
+            if n == (len(batches) - 1) // 2 and i == 0:
+                half = torch.cat([p.grad.flatten().cpu() for p in params])  # of every other micro-batch
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
         if i == 0 and not held.all():  # nothing is updated yet: the policy that scores has sampled, too
+            rest = torch.cat([p.grad.flatten().cpu() for p in params]) - half
+            agreement = torch.cosine_similarity(half, rest, dim=0).item()
             self_check = (ratio[held == 0] - 1).abs().max().item()
             if self_check > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: the unchanged policy scores its own rollout with ratios off by "
                      f"{self_check:.1e}, over --clip-range; try --attention sdpa or --precision fp32", code=1)
-        scaler.unscale_(optimizer)
-        norms.append(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item())
-        finite(torch.tensor(0.0 if scaler.is_enabled() else norms[-1]), "the gradient")
-        scaler.step(optimizer)  # in fp16 an update that overflows is skipped, and the scale halved
-        scaler.update()
-        finite(torch.tensor(norms[-1] if scaler.get_scale() < 1 else 0.0), "the gradient at any fp16 scale")
-    _, ratio, drift, held = torch.cat(seen, dim=1)
-    ratio, drift, norm = ratio[held == 0], drift[held == 1], torch.tensor(norms)
-    means = dict(approx_kl=0.5 * ratio.log().square(), drift=drift, grad_norm=norm[norm.isfinite()],
-                 overflows=norm.isfinite().logical_not().float(),
-                 clip_fraction=((ratio - 1).abs() > clip_range).float())
-    return {k: v.mean().item() for k, v in means.items() if len(v)} | dict(ratio_max_dev=self_check)
+        norms.append(torch.nn.utils.clip_grad_norm_(params, LOSS_SCALE).cpu() / LOSS_SCALE)
+        finite(norms[-1], "the gradient")
+        optimizer.step()
+    loss, ratio, drift, held = torch.cat(seen, dim=1)
+    means = dict(drift=drift[held == 1], grad_norm=torch.tensor(norms),
+                 clip_fraction=((ratio[held == 0] - 1).abs() > clip_range).float())
+    return {k: v.mean().item() for k, v in means.items() if len(v)} | dict(
+        ratio_max_dev=self_check, gradient_agreement=agreement,
+        kl_share=(loss[held == 1].abs().sum() / loss.abs().sum().clamp(min=1e-12)).item())
 
 
 @torch.no_grad()
@@ -425,18 +427,18 @@ def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
 
 def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     """The updates give a direction. How far the weights go along it is set by how far that moves the policy:
-    --step-nats, the KL over the rewarded part of a trajectory, times the signal, 0 to 1, in the rewards."""
-    group, wanted, moved = run.optimizer.param_groups[0], run.args.step_nats * signal, []
-    group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
+    --step-nats, the KL over the rewarded part of a trajectory, times the square of the signal, 0 to 1."""
+    group, wanted, moved = run.optimizer.param_groups[0], run.args.step_nats * signal**2, []
+    group["lr"], before = group["rate"] * signal, [p.detach().cpu().clone() for p in group["params"]]
     start, learned = exact_means(run, roll), update(run, roll)
-    for sizing in range(4):
+    for sizing in range(8):
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
         moved.append(max(nats.item() * trainable(run.args), 1e-12))
-        if sizing == 3 or wanted / 1.5 <= moved[-1] <= 1.5 * wanted:
+        if moved[-1] <= 1.5 * wanted and (sizing > 2 or moved[-1] >= wanted / 1.5):
             break
+        share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
         for p, old in zip(group["params"], before, strict=True):
-            share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
-            round_by_chance(p, old.to(p.device, torch.float32).lerp(p.float(), share))
+            p.data.copy_(old.to(p.device).lerp(p.data, share))
     group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.4), 2.5)
     return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_sizing=moved[0], signal=signal)
 
@@ -461,7 +463,6 @@ class Run(NamedTuple):
     processor: CLIPProcessor
     nudenet: onnxruntime.InferenceSession
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
     worker: ThreadPoolExecutor  # one thread, in which NudeNet works
 
 
@@ -500,24 +501,23 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     clip.to("cpu")
     clip_score = (features * run.captions[index[~held]]).sum(dim=1).view(-1, args.group_size)  # [P, K]
     nudity = roll.nudity.view(-1, args.group_size)  # [P, K]
-    advantages = group_advantages(clip_score, nudity, args.clip_weight, args.nudity_weight)  # [P, K]
+    weights = args.clip_weight, args.nudity_weight
+    advantages = group_advantages(clip_score, nudity, *weights)  # [P, K]
+    signal = group_advantages(clip_score, nudity, *weights, floor=2.0).square().mean().clamp(max=1).item()
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
-    signal = group_advantages(clip_score, nudity, args.clip_weight, args.nudity_weight, floor=2.0).square().mean()
     rng = generator(args.seed, "timesteps", step)
     steps = torch.stack([torch.randperm(args.denoise_steps - 1 if hold else trainable(args), generator=rng)
                          [:args.train_timesteps] for hold in held])  # [B, k]
-    torch.manual_seed(rng.initial_seed())  # for RoundingAdamW8bit, which draws from the global generator
     advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(benign)))  # [B]
-    learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), min(signal.item(), 1.0))
+    learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), signal)
     clock.append(time.perf_counter())
     sampled, judged, learnt = np.diff(clock).tolist()
     return dict(
         step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
         nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
-        clip_score=clip_score.mean().item(), groups_without_signal=(advantages == 0).all(dim=1).sum().item(),
-        **learned, seconds_rollout=sampled, seconds_reward=judged, seconds_update=learnt,
-        peak_gpu_memory_mb=torch.cuda.max_memory_allocated() / 2**20)
+        clip_score=clip_score.mean().item(), **learned, seconds_rollout=sampled, seconds_reward=judged,
+        seconds_update=learnt, peak_gpu_memory_mb=torch.cuda.max_memory_allocated() / 2**20)
 
 
 # ------------------------------------------------------------------------------------ 6. the run
@@ -638,32 +638,11 @@ def make_trainable(unet, rank: int):
     cast_training_params(unet, torch.float32)
 
 
-def round_by_chance(weight, value: torch.Tensor):
-    """Copy fp32 numbers into a weight; of bf16 up or down by chance, which keeps the mean. To the nearest,
-    changes under 0.2 % would be lost."""
-    if weight.dtype == torch.bfloat16:  # the upper half of fp32
-        bits = value.view(torch.int32)
-        value = (bits + torch.randint_like(bits, 1 << 16) & -(1 << 16)).view(torch.float32)
-    weight.data.copy_(value)
-
-
-class RoundingAdamW8bit(AdamW8bit):
-    """AdamW8bit that needs no fp32 copy of bf16 weights: each is updated in fp32, then rounded by chance."""
-
-    def update_step(self, group, p, gindex, pindex):
-        weight = p.data
-        p.data, p.grad = weight.float(), p.grad.float()
-        super().update_step(group, p, gindex, pindex)
-        value, p.data, p.grad = p.data, weight, None
-        round_by_chance(p, value)
-
-
 def set_up(args: Args, settings: dict, pairs: list[tuple[str, str, bool]], device: str) -> Run:
     """Everything that a step works with, loaded and ready to train on these prompts."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
-    low = args.lora_rank or args.precision == "bf16" and args.optimizer_8bit  # see RoundingAdamW8bit
-    pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if low else torch.float32)
+    pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits] or list(range(len(pairs)))
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
@@ -682,11 +661,10 @@ def set_up(args: Args, settings: dict, pairs: list[tuple[str, str, bool]], devic
         unet.enable_gradient_checkpointing()
     trained = [p for p in unet.parameters() if p.requires_grad]
     print(f"attention {attention}, {args.precision}, {sum(p.numel() for p in trained):,} trained parameters")
-    optimizer = (RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW)(trained)
+    optimizer = (AdamW8bit if args.optimizer_8bit else torch.optim.AdamW)(trained)
     optimizer.param_groups[0]["rate"] = args.learning_rate
-    scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
     return Run(args, settings, policy, pipe.vae, context, captions, eliciting, benign, clip.to("cpu"),
-               processor, session, optimizer, scaler, ThreadPoolExecutor(1))
+               processor, session, optimizer, ThreadPoolExecutor(1))
 
 
 def write_atomically(path: Path, write):
@@ -703,9 +681,8 @@ def write_atomically(path: Path, write):
 def save(run: Run, metrics: list[dict], out: Path):
     """checkpoint.pt, all that decides the steps to come, and the weights that stock diffusers loads."""
     unet, path, new = run.policy.unet, out / "checkpoint.pt", out / "checkpoint-new.pt"
-    state = dict(settings=run.settings, metrics=metrics, scaler=run.scaler.state_dict(),
-                 weights={k: p.detach() for k, p in unet.named_parameters() if p.requires_grad},
-                 optimizer=run.optimizer.state_dict())
+    state = dict(settings=run.settings, metrics=metrics, optimizer=run.optimizer.state_dict(),
+                 weights={k: p.detach() for k, p in unet.named_parameters() if p.requires_grad})
     write_atomically(new, lambda p: torch.save(state, p))
     if path.exists():
         path.replace(out / "checkpoint-before.pt")
@@ -762,6 +739,23 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
     fail(f"--resume: {out} holds no run")
 
 
+def what_to_tell(metrics: list[dict]) -> str:
+    """What a person should hear now: after the first rollout that there is nothing to learn from, every 20
+    steps that what there is was not learned. Empty where all is well."""
+    first, last = metrics[0], [m for m in metrics[-20:] if "skipped" not in m]
+    if len(metrics) == 1 and first.get("signal", 1) < 0.2 and first["nudity_rate"] in (0, 1):
+        return (f"{'every' if first['nudity_rate'] else 'no'} picture of the first rollout shows what "
+                f"--labels name: there is nothing to learn from. Other --prompts, --labels or --model?")
+    if len(metrics) % 20 or len(last) < 20 or np.mean([m["signal"] for m in last]) < 0.3:
+        return ""
+    before, now = (np.mean([m["reward"] for m in half]) for half in (last[:10], last[10:]))
+    seen = ", ".join(f"{key} {np.mean([m[key] for m in last]):.2f}"
+                     for key in ("signal", "gradient_agreement", "kl_share"))
+    return "" if now > before + 0.01 else (
+        f"20 steps moved the reward by {now - before:+.3f} only ({seen}): more --prompts-per-step where the "
+        f"gradient's halves disagree, less --kl-weight where its share is large, else more --step-nats")
+
+
 def go_on(run: Run, metrics: list[dict], out: Path):
     """The steps that are missing, each logged and saved."""
     bar = tqdm(range(len(metrics), run.args.steps), initial=len(metrics), total=run.args.steps, unit="step")
@@ -773,6 +767,8 @@ def go_on(run: Run, metrics: list[dict], out: Path):
             line = dict(step=step, skipped=str(error))
             bar.write(f"step {step} skipped: {error}")
         metrics.append(line)
+        if told := what_to_tell(metrics):
+            bar.write(told)
         text = "".join(json.dumps(m) + "\n" for m in metrics)
         write_atomically(out / "metrics.jsonl", lambda p, text=text: p.write_text(text))
         if len(metrics) > 2 and all("skipped" in m for m in metrics[-3:]):
@@ -798,7 +794,6 @@ def train(args: Args):
                 for name, weight in state["weights"].items():
                     run.policy.unet.get_parameter(name).data.copy_(weight)
                 run.optimizer.load_state_dict(state["optimizer"])
-                run.scaler.load_state_dict(state["scaler"])
             metrics, state = state["metrics"] if state else [], None
             save(run, metrics, out)  # shows that the disk can hold it, and is what to go back to
             write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2)))

@@ -149,7 +149,7 @@ class Plain(torch.optim.SGD):
 
     def step(self, closure=None):
         self.seen = getattr(self, "seen", []) + [torch.cat([p.grad.flatten() for g in self.param_groups
-                                                            for p in g["params"]])]
+                                                            for p in g["params"]]) / sd.LOSS_SCALE]
 
 
 D = 4 * 16 * 16  # numbers in a latent of the embedded model
@@ -189,23 +189,6 @@ def test_groups_without_signal_cost_no_unet_call_and_change_no_gradient(monkeypa
     assert calls == [2] * (2 * 5 + 2)  # two micro-batches of five steps each, then one at its two timesteps
     monkeypatch.undo()
     assert gradients(2, torch.zeros(4), held).abs().max() == 0  # no update at all
-
-
-def test_small_updates_of_bf16_weights_are_not_rounded_away():
-    def after(adamw):  # 100 updates of 1e-4, when the next bf16 numbers beside 1 are 0.004 and 0.008 away
-        torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.full((n,), value, dtype=torch.bfloat16))  # 1000: states in fp32
-                   for n, value in ((8192, 1.0), (8192, -1.0), (1000, 1.0))]
-        optimizer = adamw(weights, lr=1e-4, weight_decay=0.0)
-        for _ in range(100):
-            for w in weights:
-                w.grad = w.detach().sign()
-            optimizer.step()
-        assert all(w.dtype == torch.bfloat16 for w in weights)
-        return [w.float().mean().item() for w in weights]
-
-    assert after(sd.AdamW8bit) == [1.0, -1.0, 1.0]
-    assert after(sd.RoundingAdamW8bit) == pytest.approx([0.99, -0.99, 0.99], abs=1e-3)
 
 
 def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():
@@ -294,7 +277,6 @@ def test_updates_after_the_first_are_clipped_and_each_has_its_share_of_the_steps
             expected = by_hand(run, roll, steps, clip_range)
             same_gradient(seen, expected)
         assert learned["ratio_max_dev"] < 1e-6 and learned["clip_fraction"] == 0.5
-        assert learned["approx_kl"] == pytest.approx(0.5 * 0.01**2 / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("off", [0.01, -0.01])
@@ -338,7 +320,6 @@ def test_the_drift_is_that_of_the_held_pictures_and_the_kl_of_the_others():
             means = [sd.act(p, x, s, context, x_prev=x)[2] for p in (run.policy, plain)]
             drift.append((means[0] - means[1]).square().mean() / run.policy.schedule.gain)
     assert learned["drift"] == pytest.approx(torch.stack(drift).mean().item(), rel=1e-3) != 0
-    assert learned["approx_kl"] == 0 == learned["overflows"]
 
 
 @pytest.mark.parametrize(("denoise_steps", "train_until", "n"), [
@@ -356,14 +337,11 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
                          "--nudity-weight 0.7 --clip-weight 1.3 --seed 5".split())
     run = sd.set_up(args, {}, pairs, "cpu")
     assert run.eliciting == [0, 2] and run.benign == [1, 3]
-    rolls, lines, signal = [], [], 1.0
+    rolls, lines = [], []
     monkeypatch.setattr(sd, "sized_update",
                         lambda run, roll, signal: rolls.append(roll) or dict(signal=signal))
     for step in range(4):
         lines.append(sd.policy_gradient_step(run, step))
-        spread = rolls[-1].nudity.view(2, 3).numpy().std(axis=1)
-        signal = signal / 2 + np.minimum(spread / 0.2, 1).mean() / 2
-        assert lines[-1]["signal"] == pytest.approx(signal, rel=1e-4)
     roll, line = rolls[0], lines[0]
     chosen, benign = sd.prompts_of_step([0, 2], 2, 5, 0), sd.prompts_of_step([1, 3], 3, 5, 0)
     index = [chosen[0]] * 3 + [chosen[1]] * 3 + benign
@@ -384,7 +362,10 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
     assert line["nudity_rate"] == pytest.approx((nudity > 0.25).float().mean().item())
     assert line["clip_score"] == pytest.approx(meaning.mean().item(), abs=1e-4)
     assert line["reward"] == pytest.approx((1.3 * meaning - 0.7 * nudity).mean().item(), abs=1e-4)
-    assert line["groups_without_signal"] == sum(not a.any() for a in expected.view(2, 3))
+    meaning, nudity = (scores.view(2, 3).double().numpy() for scores in (meaning, nudity))  # [P, K] each
+    z = [(x - x.mean(axis=1, keepdims=True)) / np.maximum(x.std(axis=1, keepdims=True), floor)
+         for x, floor in ((meaning, 0.12 * meaning.mean()), (nudity, 0.16))]
+    assert line["signal"] == pytest.approx(min(((1.3 * z[0] - 0.7 * z[1]) ** 2).mean(), 1), rel=1e-2)
     assert line["step"] == 0 and run.policy.guidance_scale == 2.0
 
     steps = torch.stack([r.steps for r in rolls])  # [4, 9, 2]: 2 of the 4 steps are rewarded, the last never
@@ -432,16 +413,54 @@ def forty_pictures():
     return run, roll._replace(held=torch.arange(40) >= 36, advantage=torch.zeros(40))
 
 
+def nats_between(run, roll, start):
+    """What sized_update makes of two sets of means, for one step of every other rewarded picture."""
+    kl = (sd.exact_means(run, roll) - start).square().sum(dim=(1, 2, 3))  # [n]
+    return kl.mean().item() * sd.trainable(run.args)
+
+
 @pytest.mark.parametrize("by", [0.005, 0.02])
 def test_the_nats_of_a_policy_shifted_by_a_known_amount(by, forty_pictures):
-    """36 pictures at each of the 3 rewarded steps: the estimate has an error of 14 %, and 3 are allowed."""
+    """Each of the 3 rewarded steps; against the closed form and torch's own KL of two Gaussians."""
     run, roll = forty_pictures
-    assert sd.trainable(run.args) == 3
-    run = run._replace(policy=dataclasses.replace(run.policy, unet=Shifted(run.policy.unet, by)))
-    measured = [sd.nats_moved(run, roll._replace(steps=torch.full((40, 1), s))) for s in range(3)]
-    assert np.mean(measured) == pytest.approx(closed_form(run, by), rel=0.42)
-    still = run._replace(policy=dataclasses.replace(run.policy, unet=run.policy.unet.unet))
-    assert sd.nats_moved(still, roll._replace(steps=torch.zeros(40, 1, dtype=int))) == 0
+    moved = run._replace(policy=dataclasses.replace(run.policy, unet=Shifted(run.policy.unet, by)))
+    measured, by_torch = [], 0.0
+    for s in range(3):
+        one = roll._replace(steps=torch.full((40, 1), s))
+        start = sd.exact_means(run, one)
+        assert start.shape == (18, 4, 16, 16)  # every other one of the 36 that are not held
+        measured.append(nats_between(moved, one, start))
+        sigma = sd.ddim_sigma(run.policy.schedule.alpha, run.policy.schedule.alpha_prev)[s]
+        old, new = (torch.distributions.Normal(2**0.5 * sigma * sd.exact_means(r, one), sigma)
+                    for r in (run, moved))
+        by_torch += torch.distributions.kl_divergence(old, new).sum(dim=(1, 2, 3)).mean().item()
+        assert nats_between(run, one, start) == 0
+    assert np.mean(measured) == pytest.approx(closed_form(run, by), rel=1e-3)
+    assert np.mean(measured) == pytest.approx(by_torch, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nats_are_measured_in_fp32_whatever_the_precision_of_weights_and_arithmetic(dtype):
+    """A change too small for bf16's activations has the nats that it has in fp32; no weight is changed."""
+    pipe = sd.load_pipeline(str(ROOT / "tests/tiny"), dtype)
+    run = a_run(pipe, ["an astronaut"] * 4, denoise_steps=4, train_until=0.5)
+    policy = dataclasses.replace(run.policy, autocast=torch.autocast("cpu", dtype))
+    run = run._replace(policy=policy)
+    roll = sd.rollout(run, run.context, torch.ones(4, dtype=bool), [*map(sd.generator, range(4))])
+    roll = roll._replace(held=torch.zeros(4, dtype=bool), steps=torch.tensor([[0], [0], [1], [1]]))
+    frozen = {n: p.detach().clone() for n, p in pipe.unet.named_parameters() if not p.requires_grad}
+    nats = []
+    for size in (1e-3, 2e-3):
+        for n, p in pipe.unet.named_parameters():
+            p.data = p.data * 0 if "lora_B" in n else p.data
+        start = sd.exact_means(run, roll)
+        for n, p in pipe.unet.named_parameters():
+            if "lora_B" in n:
+                p.data += size * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        nats.append(nats_between(run, roll, start))
+    assert 0 < nats[0] < 0.2 and nats[1] == pytest.approx(4 * nats[0], rel=0.02)
+    assert all(torch.equal(p, frozen[n]) and p.dtype == dtype
+               for n, p in pipe.unet.named_parameters() if n in frozen)
 
 
 def test_nats_hardly_depend_on_the_number_of_denoising_steps():
@@ -456,45 +475,35 @@ def test_nats_hardly_depend_on_the_number_of_denoising_steps():
     assert totals[2] < totals[1] < 1.2 * totals[2] and totals[1] < totals[0] < 1.75 * totals[2], totals
 
 
-@pytest.mark.parametrize(("push", "signal"), [(0.3, 1.0), (0.3, 0.1), (0.3, 0.0), (1e-4, 1.0)])
-def test_a_step_that_moved_too_far_goes_back_and_the_rate_follows(push, signal, forty_pictures, monkeypatch):
+@pytest.mark.parametrize(("push", "signal"), [(0.3, 1.0), (0.3, 0.1), (0.3, 0.0), (1e-3, 1.0), (1e-6, 1.0)])
+def test_a_step_is_as_long_as_wanted_whatever_the_updates_did_and_the_rate_follows(
+        push, signal, forty_pictures, monkeypatch):
     run, roll = forty_pictures
     roll, group = roll._replace(steps=torch.arange(40)[:, None] % 3), run.optimizer.param_groups[0]
     group["rate"] = 1.0
-    before = [p.detach().clone() for p in group["params"]]
+    before, start = [p.detach().clone() for p in group["params"]], sd.exact_means(run, roll)
     noise = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in before]
 
     def far(run, roll):
-        assert group["lr"] == pytest.approx(signal**0.5)
+        assert group["lr"] == pytest.approx(signal)
         for p, n in zip(group["params"], noise, strict=True):
             p.data += push * n
         return {}
 
     monkeypatch.setattr(sd, "update", far)
     line = sd.sized_update(run, roll, signal)
-    wanted = run.args.step_nats * signal
-    assert line["nats"] == pytest.approx(sd.nats_moved(run, roll)) and line["signal"] == signal
+    wanted = run.args.step_nats * signal**2
+    assert line["nats"] == pytest.approx(nats_between(run, roll, start), abs=1e-9)
     share = [((p - b) / (push * n)).median().item()
              for p, b, n in zip(group["params"], before, noise, strict=True)]
-    assert np.std(share) < 1e-3  # all of it on the way between
-    if push == 0.3:
-        assert line["nats_before_return"] > 10 * max(wanted, 0.1) and 0 <= share[0] < 0.5
-        assert line["nats"] <= 2 * wanted and group["rate"] == pytest.approx(0.4)
-        assert (share[0] == 0) == (signal == 0)
-    else:
-        assert line["nats"] == line["nats_before_return"] < 0.1 and share[0] == pytest.approx(1, abs=1e-3)
-        assert group["rate"] == pytest.approx(2.5)
+    assert np.std(share) < 1e-2 * max(share[0], 1)  # all of it along the line that the updates took
+    if push > 1e-6:
+        assert wanted / 1.5 <= line["nats"] + 1e-9 <= 1.5 * wanted + 1e-6 and (share[0] == 0) == (signal == 0)
+    else:  # three times eightfold is as far as it goes at once
+        assert share[0] == pytest.approx(512, rel=1e-2) and line["nats"] < wanted / 1.5
+    assert group["rate"] == pytest.approx(0.4 if push == 0.3 else 2.5)
     for p, b in zip(group["params"], before, strict=True):
         p.data.copy_(b)
-
-
-def test_overflow_in_fp16_is_counted_and_not_logged_as_a_gradient():
-    run, roll = four_pictures()
-    roll = roll._replace(advantage=1e5 * ADVANTAGE)
-    run = run._replace(scaler=torch.amp.GradScaler("cpu", enabled=True, init_scale=1e38))
-    learned = sd.update(run, roll)
-    assert learned["overflows"] == 1 and "grad_norm" not in learned and not hasattr(run.optimizer, "seen")
-    assert run.scaler.get_scale() < 1e38
 
 
 def test_a_picture_that_is_not_finite_is_refused_and_not_drawn_black(monkeypatch):
@@ -508,11 +517,12 @@ def test_a_picture_that_is_not_finite_is_refused_and_not_drawn_black(monkeypatch
 def test_samples_are_pixelated_unless_all_labels_are_faces_or_the_user_says_so(tmp_path, monkeypatch):
     run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny")), ["an astronaut"], denoise_steps=2)
     run = run._replace(settings={"prompts": [("an astronaut", "an astronaut", False)]})
-    monkeypatch.setattr(sd, "pixelate", lambda session, images: images * 0)
+    monkeypatch.setattr(sd, "nudity_scores", lambda session, images, labels: torch.ones(len(images)))
     for i, (labels, uncensored, hidden) in enumerate([
             (sd.NUDITY, False, True), (sd.NUDITY, True, False), (("FACE_FEMALE",), False, False),
             (("FACE_FEMALE", "BELLY_EXPOSED"), False, True)]):
         args = dataclasses.replace(run.args, labels=labels, show_uncensored=uncensored)
         (tmp_path / str(i)).mkdir()
         sd.draw(run._replace(args=args), [], tmp_path / str(i))
-        assert (np.asarray(Image.open(tmp_path / str(i) / "samples.png")) == 0).all() == hidden
+        tiles = np.asarray(Image.open(tmp_path / str(i) / "samples.png")).reshape(8, 8, 8, 8, 3)
+        assert (tiles == tiles[:, :1, :, :1]).all() == hidden  # an eighth of the picture in one colour

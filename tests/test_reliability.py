@@ -107,14 +107,11 @@ def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_p
     ["--lora-rank", 0], ["--lora-rank", 0, "--precision", "bf16"],
     ["--precision", "fp16", "--no-optimizer-8bit"]], ids=str)
 def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path):
-    """bf16 weights are rounded by chance, fp16's scaler has a state: both have to be the same again."""
     for out, legs in (("a", [2]), ("b", [1, 2])):
         for steps in legs:
             train(*SMALL, "--steps", steps, "--out", tmp_path / out, "--clip-range", 1e3,
                   *flags, *["--resume"] * (steps > legs[0]))
     assert_same(final(tmp_path / "a"), final(tmp_path / "b"))
-    if "fp16" in flags:
-        assert torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["scaler"]["_growth_tracker"] > 0
     if 0 in flags:
         assert any(v.dtype == torch.uint8 for v in final(tmp_path / "a")[0].values())
         saved = sd.UNet2DConditionModel.from_pretrained(tmp_path / "b/unet").state_dict()

@@ -31,8 +31,8 @@ def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
     lines = metrics(out)
     assert [m["step"] for m in lines] == list(range(sd.TINY["steps"]))
     assert set(lines[0]) >= set(
-        "reward nudity_score nudity_rate clip_score ratio_max_dev approx_kl clip_fraction grad_norm lr nats "
-        "seconds_rollout seconds_reward seconds_update peak_gpu_memory_mb".split())
+        "reward nudity_score nudity_rate clip_score ratio_max_dev clip_fraction grad_norm gradient_agreement "
+        "kl_share lr nats signal seconds_rollout seconds_reward seconds_update peak_gpu_memory_mb".split())
     assert all(m["ratio_max_dev"] == 0 for m in lines)
     assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
     assert json.loads((out / "args.json").read_text())["steps"] == sd.TINY["steps"]
