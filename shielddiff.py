@@ -48,13 +48,14 @@ import tyro
 from bitsandbytes.optim import AdamW8bit
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
 from nudenet import nudenet
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
@@ -118,9 +119,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     model = which.parse_known_args(argv)[0].model
     tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
     args = tyro.cli(Args, args=argv, default=Args(**TINY) if tiny else Args())
-    args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model  # for --resume
     args.learning_rate = args.learning_rate or (1e-5 if not args.lora_rank else 5e-3 if tiny else 3e-4)
-    args.out = args.out or f"runs/{Path(args.model).name}-{args.seed}"
+    args.out = args.out or f"runs/{Path(args.model).resolve().name}-{args.seed}"
     return args
 
 
@@ -175,9 +175,9 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
     clips = scheduler.config.clip_sample or scheduler.config.thresholding
     if clips or kind not in ("epsilon", "v_prediction"):
         fail(f"the model's scheduler clips latents, which leaves no density, or has prediction_type {kind!r}")
-    if steps > n:
+    scheduler.set_timesteps(min(steps, n))
+    if steps > n or scheduler.timesteps[0] >= n:  # from n on, where all n are taken with an offset
         fail(f"--denoise-steps {steps}: the model has {n} timesteps only")
-    scheduler.set_timesteps(steps)
     t, alphas_cumprod, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
     previous = t - n // steps
     alpha_prev = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
@@ -526,20 +526,21 @@ def read_prompts(path: str) -> list[tuple[str, str, bool]]:
 
 
 @contextmanager
-def clear_load_errors(what: str):
+def clear_load_errors(what: str, model: str):
     """One line for whatever we, and the libraries, say of a model that is not all there."""
     try:
         yield
     except Exception as error:
-        fail(f"cannot load {what}: {' '.join(repr(error).split())[:400]} (is the folder in diffusers layout, "
-             f"its weights .safetensors, as .bin can run code? Without the hub, download it elsewhere)")
+        fail(f"cannot load {what} of {model}: {' '.join(repr(error).split())[:400]} (a hub id or folder in "
+             f"diffusers layout? To make one of .bin or one file: python tests/convert.py '{model}' NEW)")
 
 
 def load_whole(kind: type, model: str, part="", **options):
     """A frozen module. The libraries would only mention a missing weight, and fill it with random numbers."""
-    with clear_load_errors(f"{part or kind.__name__} of {model}"):
-        module, report = kind.from_pretrained(model, subfolder=part, output_loading_info=True,
-                                              use_safetensors=True, **options)
+    half = {"fp16" in p.name for p in Path(model, part).glob("*.safetensors*")} == {True}
+    with clear_load_errors(part or kind.__name__, model):
+        module, report = kind.from_pretrained(model, subfolder=part, output_loading_info=True, **options,
+                                              use_safetensors=True, variant="fp16" if half else None)
         if report["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
         for name, weight in module.named_parameters():
@@ -550,18 +551,23 @@ def load_whole(kind: type, model: str, part="", **options):
 
 def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None) -> StableDiffusionPipeline:
     """A Stable Diffusion 1.x / 2.x pipeline from a folder or the hub, frozen, without its safety checker."""
-    with clear_load_errors(f"model {model}"):
+    with clear_load_errors("model", model):
+        if Path(model).is_file():
+            raise ValueError("a single file")
         if (kind := StableDiffusionPipeline.load_config(model)["_class_name"]) != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}, and only SD 1.x and 2.x are supported")
-        parts = {name: load_whole(part, model, name, dtype=unet_dtype or dtype if name == "unet" else dtype)
-                 for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL),
-                                    ("text_encoder", CLIPTextModel))}
-        pipe = StableDiffusionPipeline.from_pretrained(model, **parts, safety_checker=None,
-                                                       requires_safety_checker=False)
+        pipe = StableDiffusionPipeline.from_pretrained(
+            model, unet=load_whole(UNet2DConditionModel, model, "unet", dtype=unet_dtype or dtype),
+            vae=load_whole(AutoencoderKL, model, "vae", dtype=dtype),
+            text_encoder=load_whole(CLIPTextModel, model, "text_encoder", dtype=dtype),
+            safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
         if pipe.unet.config.in_channels != 4:
             raise ValueError(f"its U-Net takes {pipe.unet.config.in_channels} channels, not 4")
         if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # an empty one replaces a missing one
             raise ValueError("its tokenizer knows fewer words than its text encoder: a file is missing")
+        if type(size := pipe.unet.config.sample_size) is not int:
+            raise ValueError(f"sample_size in unet/config.json is {size}: make it a number, 64 for 512 px")
+    pipe.tokenizer.model_max_length = pipe.text_encoder.config.max_position_embeddings  # if unset, a huge one
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -570,7 +576,7 @@ def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None
 def load_clip(model: str, device="cpu") -> tuple[CLIPModel, CLIPProcessor]:
     """The reward's CLIPModel, frozen, and its processor."""
     clip = load_whole(CLIPModel, model, dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
-    with clear_load_errors(f"the processor of {model}"):
+    with clear_load_errors("the CLIP processor", model):
         return clip, CLIPProcessor.from_pretrained(model)
 
 
@@ -633,6 +639,8 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     low = args.lora_rank or args.precision == "bf16" and args.optimizer_8bit  # see RoundingAdamW8bit
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if low else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
+    settings["weights"] = [hashlib.sha256(to_bytes(part.state_dict())).hexdigest()  # wherever they lie
+                           for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits] or list(range(len(pairs)))
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
@@ -679,13 +687,15 @@ def save(run: Run, metrics: list[dict], out: Path):
         path.replace(out / "checkpoint-before.pt")
     new.replace(path)
     if run.args.lora_rank:
-        lora, path = get_peft_model_state_dict(unet), out / "pytorch_lora_weights.safetensors"
-        tensors = {f"unet.{k}": v for k, v in convert_state_dict_to_diffusers(lora).items()}
+        lora = {f"unet.{k}": v for k, v in get_peft_model_state_dict(unet).items()}
+        files = dict(pytorch_lora_weights=lora, kohya_lora=convert_state_dict_to_kohya(lora))  # for web UIs
     else:
-        tensors, path = unet.state_dict(), out / "unet/diffusion_pytorch_model.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path.with_name("config.json"), unet.to_json_file)
-    write_atomically(path, lambda p: save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, p))
+        files = {"unet/diffusion_pytorch_model": unet.state_dict()}
+        (out / "unet").mkdir(exist_ok=True)
+        write_atomically(out / "unet/config.json", unet.to_json_file)
+    for name, weights in files.items():
+        tensors = {k: v.contiguous().cpu() for k, v in weights.items()}
+        write_atomically(out / f"{name}.safetensors", lambda p, tensors=tensors: save_file(tensors, p))
 
 
 def pixelate(session, images: np.ndarray, labels: list[str] = NUDITY) -> np.ndarray:
@@ -733,7 +743,7 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         except Exception as error:  # whatever zipfile and torch make of damaged bytes, or of a failing disk
             print(f"checkpoint {path} is damaged ({error!r}): looking for the one before it")
             continue
-        free = "steps resume out save_every micro_batch show_uncensored".split()  # they change no step
+        free = "steps resume out save_every micro_batch show_uncensored model clip_model".split()  # see train
         if changed := [f"{k} was {str(then.get(k))[:60]}, is {str(v)[:60]}" for k, v in settings.items()
                        if k not in free and v != then.get(k)]:
             fail(f"--resume with other arguments than the run was started with: {', '.join(changed)}")
@@ -771,6 +781,8 @@ def train(args: Args):
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     try:
         run = set_up(args, settings, device)
+        if state and state["settings"].get("weights") != settings["weights"]:  # not paths: a folder may move
+            fail("--resume with another --model or --clip-model than the run was started with")
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:

@@ -322,6 +322,8 @@ def main(unet_steps=2000):
     prompts = {p.name: p.read_text() for p in OUT.glob("*.txt")}
     shutil.rmtree(OUT, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(OUT, safe_serialization=True)
+    config = OUT / "text_encoder/config.json"  # without a dtype transformers takes this one, diffusers fp32
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     clip.half().save_pretrained(OUT / "clip", safe_serialization=True)
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
