@@ -807,7 +807,7 @@ def load_model(args: Args, device: str):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     pipe = sd.load_pipeline(args.model, dtype, device)
     pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
-    with one_line(f"take {args.steps} --steps"):
+    with one_line(f"take {args.steps} --steps (take fewer)"):
         pipe.scheduler.set_timesteps(args.steps)
         pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps]  # all of them with an offset end outside
     return pipe

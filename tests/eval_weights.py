@@ -16,9 +16,10 @@ def weights_file(kind: str, path: Path) -> Path:
     found = [path] if path.is_file() else [folder / name for name in names if (folder / name).exists()]
     for file in found or folder.glob("*.bin"):
         if file.suffix not in (".safetensors", ".json"):
+            new = file.with_suffix(".safetensors") if path.is_file() else folder / names[0]
             fail(f"--{kind} {path}: {file} can run code. To convert it: python -c \"import torch, "
-                 f"safetensors.torch as s; s.save_file(torch.load('{file}', weights_only=True), "
-                 f"'{file.with_name(names[0])}')\"")
+                 f"safetensors.torch as s; s.save_file(torch.load('{file}', weights_only=True), '{new}', "
+                 f"{{'format': 'pt'}})\"")
     if not found:
         whole = kind == "lora" and (path / "unet").exists()
         hint = ", but a whole U-Net: give it with --unet" if whole else ""
