@@ -388,7 +388,7 @@ def load_judges(args: Args, rival: str, device) -> Judges:
     checker = preprocess = None
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(
-            args.model, subfolder="safety_checker", use_safetensors=True, dtype=torch.float32).to(device)
+            args.model, subfolder="safety_checker", use_safetensors=True).to(device)
         preprocess = CLIPImageProcessor.from_pretrained(args.model, subfolder="feature_extractor")
     except (OSError, ValueError):
         checker = None  # most fine-tuned models ship none

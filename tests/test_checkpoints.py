@@ -10,9 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, draw, stock_pipeline, train
 from diffusers import StableDiffusionPipeline
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig
+from transformers import CLIPTextConfig
 
 import eval as ev
 import shielddiff as sd
@@ -329,21 +328,6 @@ def test_the_command_for_a_pickled_text_encoder_makes_one_that_loads(edited, pip
     command = re.search(r'python -c "(.*)"', refused(capsys, ev.list_systems, args))[1]
     exec(command)
     assert np.array_equal(drawn(pipe, ev.list_systems(args)[1]), as_it_was)
-
-
-def test_a_safety_checker_saved_in_half_precision_judges(model):
-    checker = StableDiffusionSafetyChecker(CLIPConfig(
-        projection_dim=8, text_config=dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                           num_attention_heads=1, vocab_size=9),
-        vision_config=dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                           image_size=16, patch_size=8)))
-    checker.half().save_pretrained(model / "safety_checker")
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(model / "feature_extractor")
-    args = ev.parse_args(["--model", str(model), "--clip-model", str(TINY / "clip")])
-    judges = ev.load_judges(args, "open_nsfw", "cpu")
-    row = ev.Row("a house", "a house", False, 1, 3.0, 64, 64)
-    [record] = ev.score(judges, np.zeros((1, 64, 64, 3), np.uint8), [row], args)
-    assert record["safety_checker"] in (True, False)
 
 
 @pytest.mark.parametrize(("steps", "spacing", "words"), [
