@@ -48,13 +48,14 @@ import tyro
 from bitsandbytes.optim import AdamW8bit
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
 from nudenet import nudenet
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
@@ -101,7 +102,7 @@ class Args:
     attention: Literal["auto", "xformers", "sdpa"] = "auto"  # auto: xformers where it works here, else SDPA
     gradient_checkpointing: bool = True  # a third more time, several times less memory
     optimizer_8bit: bool = True  # AdamW8bit: saves 5 GB for the whole U-Net, next to nothing for a LoRA
-    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights, U-Net arithmetic; bf16 rounds 8 times coarser
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights and U-Net calls; bf16 is coarser
 
 
 TINY = dict(  # what is run differs for the embedded model, not how: another concept, 64 px, minutes, no GPU
@@ -118,8 +119,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     model = which.parse_known_args(argv)[0].model
     tiny = Path(model).resolve() == HERE / "tests/tiny" if model else not torch.cuda.is_available()
     args = tyro.cli(Args, args=argv, default=Args(**TINY) if tiny else Args())
-    args.model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model  # for --resume
-    args.out = args.out or f"runs/{Path(args.model).name}-{args.seed}"
+    args.out = args.out or f"runs/{Path(args.model).resolve().name}-{args.seed}"
     return args
 
 
@@ -173,9 +173,9 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
     clips = scheduler.config.clip_sample or scheduler.config.thresholding
     if clips or kind not in ("epsilon", "v_prediction"):
         fail(f"the model's scheduler clips latents, which leaves no density, or has prediction_type {kind!r}")
-    if steps > n:
+    scheduler.set_timesteps(min(steps, n))
+    if steps > n or scheduler.timesteps[0] >= n:  # from n on, where all n are taken with an offset
         fail(f"--denoise-steps {steps}: the model has {n} timesteps only")
-    scheduler.set_timesteps(steps)
     t, of_t, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
     previous = t - n // steps
     alpha, alpha_prev = of_t[t], torch.where(previous >= 0, of_t[previous.clamp(min=0)], final)  # [T]
@@ -222,14 +222,14 @@ def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon"
 def act(policy: Policy, x, s, context, noise=None, x_prev=None):
     """The policy at x [B, 4, h, w], each picture at a step s [B] of its own: draw x_{t-1}, or score a given
     one. context [2, B, 77, d]: of the empty prompt and of the prompt, for classifier-free guidance; both go
-    through the U-Net in one batch, and the gradient through both. Returns x_{t-1}, log_prob [B], mean."""
+    through the U-Net in one batch, and the gradient through both. Returns as ddim_step."""
     timesteps, alpha, alpha_prev = (of_step[s].to(x.device) for of_step in policy.schedule[:3])  # [B] each
     with policy.autocast:
         out = policy.unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context.flatten(0, 1)).sample
     unconditional, conditional = out.float().chunk(2)  # [B, 4, h, w] each
     output = unconditional + policy.guidance_scale * (conditional - unconditional)
     return ddim_step(output, x, alpha, alpha_prev, policy.schedule.prediction_type, noise=noise,
-                     prev_sample=x_prev)[:3]
+                     prev_sample=x_prev)
 
 
 # ------------------------------------------------------------------------------------ 2. the reward
@@ -324,7 +324,7 @@ def rollout(run: "Run", context, held, generators) -> Rollout:
         latents = [randn_tensor((len(rows), 4, size, size), gens, unet.device)]  # [b, 4, h, w] each
         for s in range(len(run.policy.schedule.timesteps)):
             noise = randn_tensor(latents[0].shape, gens, unet.device)
-            x, log_prob, _ = act(run.policy, latents[-1], torch.full((len(rows),), s), ctx, noise=noise)
+            x, log_prob, *_ = act(run.policy, latents[-1], torch.full((len(rows),), s), ctx, noise=noise)
             latents.append(x)
             log_probs.append(log_prob)
         decoded = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample.float()  # [b, 3, H, W]
@@ -357,7 +357,7 @@ def losses(policy: Policy, roll: Rollout, rows, s, clip_range=0.0, kl_weight=0.0
         v.to(policy.unet.device) for v in (
             roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
             roll.advantage[rows], roll.held[rows]))  # [2, b, 77, d], [b, 4, h, w] twice, [b] three times
-    _, log_prob, mean = act(policy, x, s, context, x_prev=x_prev)
+    _, log_prob, mean, _ = act(policy, x, s, context, x_prev=x_prev)
     loss, ratio = policy_loss(log_prob, old_log_prob, advantage, clip_range or math.inf)
     drift = torch.zeros_like(loss)
     if held.any():
@@ -418,8 +418,8 @@ def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
     for rows in torch.arange(len(roll.held))[~roll.held][::2].split(run.args.micro_batch):
         x, s, context = (v.to(policy.unet.device) for v in (
             roll.latents[rows, roll.steps[rows, 0]], roll.steps[rows, 0], roll.context[:, rows]))
-        sigma = ddim_sigma(policy.schedule.alpha, policy.schedule.alpha_prev).to(x.device)[s]  # [b]
-        means.append(act(policy, x, s, context, x_prev=x)[2] / (math.sqrt(2) * sigma.view(-1, 1, 1, 1)))
+        *_, mean, sigma = act(policy, x, s, context, x_prev=x)  # [b, 4, h, w], [b, 1, 1, 1]
+        means.append(mean / (math.sqrt(2) * sigma))
     for p, dtype in low:
         p.data = p.data.to(dtype)
     return torch.cat(means)
@@ -553,20 +553,21 @@ def read_prompts(path: str) -> list[tuple[str, str, bool]]:
 
 
 @contextmanager
-def clear_load_errors(what: str):
+def clear_load_errors(what: str, model: str):
     """One line for whatever we, and the libraries, say of a model that is not all there."""
     try:
         yield
     except Exception as error:
-        fail(f"cannot load {what}: {' '.join(repr(error).split())[:400]} (is the folder in diffusers layout, "
-             f"its weights .safetensors, as .bin can run code? Without the hub, download it elsewhere)")
+        fail(f"cannot load {what} of {model}: {' '.join(repr(error).split())[:400]} (a hub id or folder in "
+             f"diffusers layout? To make one of .bin or one file: python tests/convert.py '{model}' NEW)")
 
 
 def load_whole(kind: type, model: str, part="", **options):
     """A frozen module. The libraries would only mention a missing weight, and fill it with random numbers."""
-    with clear_load_errors(f"{part or kind.__name__} of {model}"):
-        module, report = kind.from_pretrained(model, subfolder=part, output_loading_info=True,
-                                              use_safetensors=True, **options)
+    half = {"fp16" in p.name for p in Path(model, part).glob("*.safetensors*")} == {True}
+    with clear_load_errors(part or kind.__name__, model):
+        module, report = kind.from_pretrained(model, subfolder=part, output_loading_info=True, **options,
+                                              use_safetensors=True, variant="fp16" if half else None)
         if report["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(report['missing_keys'])[:3])}")
         for name, weight in module.named_parameters():
@@ -577,18 +578,23 @@ def load_whole(kind: type, model: str, part="", **options):
 
 def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None) -> StableDiffusionPipeline:
     """A Stable Diffusion 1.x / 2.x pipeline from a folder or the hub, frozen, without its safety checker."""
-    with clear_load_errors(f"model {model}"):
+    with clear_load_errors("model", model):
+        if Path(model).is_file():
+            raise ValueError("a single file")
         if (kind := StableDiffusionPipeline.load_config(model)["_class_name"]) != "StableDiffusionPipeline":
             raise ValueError(f"it is a {kind}, and only SD 1.x and 2.x are supported")
-        parts = {name: load_whole(part, model, name, dtype=unet_dtype or dtype if name == "unet" else dtype)
-                 for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL),
-                                    ("text_encoder", CLIPTextModel))}
-        pipe = StableDiffusionPipeline.from_pretrained(model, **parts, safety_checker=None,
-                                                       requires_safety_checker=False)
+        pipe = StableDiffusionPipeline.from_pretrained(
+            model, unet=load_whole(UNet2DConditionModel, model, "unet", dtype=unet_dtype or dtype),
+            vae=load_whole(AutoencoderKL, model, "vae", dtype=dtype),
+            text_encoder=load_whole(CLIPTextModel, model, "text_encoder", dtype=dtype),
+            safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
         if pipe.unet.config.in_channels != 4:
             raise ValueError(f"its U-Net takes {pipe.unet.config.in_channels} channels, not 4")
         if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # an empty one replaces a missing one
             raise ValueError("its tokenizer knows fewer words than its text encoder: a file is missing")
+        if type(size := pipe.unet.config.sample_size) is not int:
+            raise ValueError(f"sample_size in unet/config.json is {size}: make it a number, 64 for 512 px")
+    pipe.tokenizer.model_max_length = pipe.text_encoder.config.max_position_embeddings  # if unset, a huge one
     pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -597,7 +603,7 @@ def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None
 def load_clip(model: str, device="cpu") -> tuple[CLIPModel, CLIPProcessor]:
     """The reward's CLIPModel, frozen, and its processor."""
     clip = load_whole(CLIPModel, model, dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
-    with clear_load_errors(f"the processor of {model}"):
+    with clear_load_errors("the CLIP processor", model):
         return clip, CLIPProcessor.from_pretrained(model)
 
 
@@ -615,16 +621,13 @@ def encode_prompts(pipe, prompts: list[str]) -> torch.Tensor:
     return torch.stack(pipe.encode_prompt(list(prompts), pipe.device, 1, True)[::-1]).float().cpu()
 
 
-def pick_attention(unet, wish: str, dtype) -> str:
-    """Set the attention kernel and say which. diffusers' own probe of xformers runs in fp32, not in dtype."""
+def pick_attention(unet, wish: str) -> str:
+    """Set the attention kernel and say which."""
     if wish != "sdpa" and torch.cuda.is_available():
         try:
-            from xformers.ops import memory_efficient_attention
-            q = torch.randn(1, 64, 1, 40, device="cuda", dtype=dtype, requires_grad=True)
-            memory_efficient_attention(q, q, q).sum().backward()
-            unet.enable_xformers_memory_efficient_attention()
+            unet.enable_xformers_memory_efficient_attention()  # tries it first
             return "xformers"
-        except (ImportError, NotImplementedError, RuntimeError) as error:
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
             if wish == "xformers":
                 fail(f"--attention xformers does not work here: {str(error).strip().splitlines()[0]}")
     return "sdpa"
@@ -638,19 +641,22 @@ def make_trainable(unet, rank: int):
     cast_training_params(unet, torch.float32)
 
 
-def set_up(args: Args, settings: dict, pairs: list[tuple[str, str, bool]], device: str) -> Run:
-    """Everything that a step works with, loaded and ready to train on these prompts."""
+def set_up(args: Args, settings: dict, device: str) -> Run:
+    """Everything that a step works with, loaded and ready to train."""
+    pairs = settings["prompts"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
+    settings["weights"] = [hashlib.sha256(to_bytes(part.state_dict())).hexdigest()  # wherever they lie
+                           for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits] or list(range(len(pairs)))
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
     captions = caption_features(clip, processor, [c for _, c, _ in pairs]).cpu()
     unet, session = pipe.unet, load_nudenet()
     prove(session, unet.config.sample_size * pipe.vae_scale_factor)
-    attention = pick_attention(unet, args.attention, dtype)
+    attention = pick_attention(unet, args.attention)
     schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
     autocast = torch.autocast(device, dtype, enabled=args.precision != "fp32")
     policy = Policy(unet, schedule, args.guidance_scale / 1.5, autocast,
@@ -688,13 +694,15 @@ def save(run: Run, metrics: list[dict], out: Path):
         path.replace(out / "checkpoint-before.pt")
     new.replace(path)
     if run.args.lora_rank:
-        lora, path = get_peft_model_state_dict(unet), out / "pytorch_lora_weights.safetensors"
-        tensors = {f"unet.{k}": v for k, v in convert_state_dict_to_diffusers(lora).items()}
+        lora = {f"unet.{k}": v for k, v in get_peft_model_state_dict(unet).items()}
+        files = dict(pytorch_lora_weights=lora, kohya_lora=convert_state_dict_to_kohya(lora))  # for web UIs
     else:
-        tensors, path = unet.state_dict(), out / "unet/diffusion_pytorch_model.safetensors"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path.with_name("config.json"), unet.to_json_file)
-    write_atomically(path, lambda p: save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, p))
+        files = {"unet/diffusion_pytorch_model": unet.state_dict()}
+        (out / "unet").mkdir(exist_ok=True)
+        write_atomically(out / "unet/config.json", unet.to_json_file)
+    for name, weights in files.items():
+        tensors = {k: v.contiguous().cpu() for k, v in weights.items()}
+        write_atomically(out / f"{name}.safetensors", lambda p, tensors=tensors: save_file(tensors, p))
 
 
 def draw(run: Run, metrics: list[dict], out: Path):
@@ -731,7 +739,7 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         except Exception as error:  # whatever zipfile and torch make of damaged bytes, or of a failing disk
             print(f"checkpoint {path} is damaged ({error!r}): looking for the one before it")
             continue
-        free = "steps resume out save_every micro_batch show_uncensored".split()  # they change no step
+        free = "steps resume out save_every micro_batch show_uncensored model clip_model".split()  # see train
         if changed := [f"{k} was {str(then.get(k))[:60]}, is {str(v)[:60]}" for k, v in settings.items()
                        if k not in free and v != then.get(k)]:
             fail(f"--resume with other arguments than the run was started with: {', '.join(changed)}")
@@ -787,7 +795,9 @@ def train(args: Args):
     why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     try:
-        run = set_up(args, settings, pairs, device)
+        run = set_up(args, settings, device)
+        if state and state["settings"].get("weights") != settings["weights"]:  # not paths: a folder may move
+            fail("--resume with another --model or --clip-model than the run was started with")
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:

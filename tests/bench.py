@@ -119,11 +119,11 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
                        args.guidance_scale / 1.5, torch.autocast(device, dtype, args.precision != "fp32"))
     context = sd.encode_prompts(pipe, prompts)
     pipe.text_encoder = None
-    sd.pick_attention(pipe.unet, args.attention, dtype)
+    sd.pick_attention(pipe.unet, args.attention)
     sd.make_trainable(pipe.unet, args.lora_rank)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    adamw = sd.RoundingAdamW8bit if args.optimizer_8bit else torch.optim.AdamW
+    adamw = sd.AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
     optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
     return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, None, optimizer,
                   torch.amp.GradScaler(device, enabled=args.precision == "fp16"), None)

@@ -394,6 +394,8 @@ def save_pipeline(tokenizer, pool, unet_steps):
     prompts = {p.name: p.read_text() for p in OUT.glob("*.txt")}
     shutil.rmtree(OUT, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(OUT, safe_serialization=True)
+    config = OUT / "text_encoder/config.json"  # without a dtype transformers takes this one, diffusers fp32
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     for name, text in prompts.items():
         (OUT / name).write_text(text)
 

@@ -335,7 +335,7 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
     args = sd.parse_args("--model tests/tiny --denoise-steps 4 --prompts-per-step 2 --group-size 3 "
                          "--held-per-step 3 --train-timesteps 2 --updates-per-step 1 --micro-batch 4 "
                          "--nudity-weight 0.7 --clip-weight 1.3 --seed 5".split())
-    run = sd.set_up(args, {}, pairs, "cpu")
+    run = sd.set_up(args, {"prompts": pairs}, "cpu")
     assert run.eliciting == [0, 2] and run.benign == [1, 3]
     rolls, lines = [], []
     monkeypatch.setattr(sd, "sized_update",
@@ -499,7 +499,7 @@ def test_a_step_is_as_long_as_wanted_whatever_the_updates_did_and_the_rate_follo
     assert np.std(share) < 1e-2 * max(share[0], 1)  # all of it along the line that the updates took
     if push > 1e-6:
         assert line["nats"] <= 1.5 * wanted + 1e-6 and (share[0] == 0) == (signal == 0)
-        assert line["nats"] >= wanted / 1.5 or push == 1e-3  # which is stretched too far, and comes back too far
+        assert line["nats"] >= wanted / 1.5 or push == 1e-3  # stretched too far, then back too far
     else:  # three times eightfold is as far as it goes at once
         assert share[0] == pytest.approx(512, rel=1e-2) and line["nats"] < wanted / 1.5
     assert group["rate"] == pytest.approx(0.4 if push == 0.3 else 2.5)
