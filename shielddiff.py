@@ -42,7 +42,6 @@ import cv2
 import filelock
 import numpy as np
 import onnxruntime
-import skimage.data
 import torch
 import tyro
 from bitsandbytes.optim import AdamW8bit
@@ -375,9 +374,8 @@ def update(run: "Run", roll: Rollout) -> dict:
     seen, norms, self_check, agreement = [torch.zeros(4, 0)], [], 0.0, 0.0
     clip_range = args.clip_range / roll.latents[0, 0].numel()  # of means over D, not sums
     finite(roll.advantage, "a reward")
-    batches = [rows for rows in torch.arange(len(roll.held)).split(args.micro_batch)
-               if roll.advantage[rows].any() or roll.held[rows].any()]  # the others' gradient is zero
-    for i, steps in enumerate(roll.steps.tensor_split(args.updates_per_step, dim=1) if batches else ()):
+    batches = torch.arange(len(roll.held)).split(args.micro_batch)
+    for i, steps in enumerate(roll.steps.tensor_split(args.updates_per_step, dim=1)):
         optimizer.zero_grad()
         for n, rows in enumerate(batches[::2] + batches[1::2]):
             for s in steps[rows].T:  # [b], one step a picture
@@ -525,11 +523,9 @@ def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
     zero = "guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
     for name, value in vars(args).items():
-        lowest = 0 if name in zero else 1e-12  # NaN fails either comparison
+        lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails every comparison
         if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
-    if args.group_size < 2:
-        fail("--group-size must be at least 2: rewards are compared within a group")
     if args.train_timesteps > trainable(args):
         fail(f"--train-timesteps is over the {trainable(args)} that --denoise-steps and --train-until leave")
     if args.updates_per_step > args.train_timesteps:
@@ -607,15 +603,6 @@ def load_clip(model: str, device="cpu") -> tuple[CLIPModel, CLIPProcessor]:
         return clip, CLIPProcessor.from_pretrained(model)
 
 
-def prove(session, size: int):
-    """Refuse a NudeNet that is blind at this picture size, or sees things where none are."""
-    face = np.asarray(Image.fromarray(skimage.data.astronaut()).crop((90, 5, 350, 265)).resize((size, size)))
-    seen, blank = (nudity_scores(session, image[None], LABELS).item() for image in (face, face * 0))
-    if not (seen > 0.5 and blank < FIRES):
-        fail(f"the detector does not work: it gives the face of skimage.data.astronaut() {seen:.2f}, a black "
-             f"picture {blank:.2f}; reinstall nudenet and onnxruntime", code=1)
-
-
 def encode_prompts(pipe, prompts: list[str]) -> torch.Tensor:
     """[2, N, 77, d] fp32 on the host: the empty prompt's embedding N times, and the prompts'."""
     return torch.stack(pipe.encode_prompt(list(prompts), pipe.device, 1, True)[::-1]).float().cpu()
@@ -655,7 +642,6 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
     captions = caption_features(clip, processor, [c for _, c, _ in pairs]).cpu()
     unet, session = pipe.unet, load_nudenet()
-    prove(session, unet.config.sample_size * pipe.vae_scale_factor)
     attention = pick_attention(unet, args.attention)
     schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
     autocast = torch.autocast(device, dtype, enabled=args.precision != "fp32")
@@ -686,13 +672,12 @@ def write_atomically(path: Path, write):
 
 def save(run: Run, metrics: list[dict], out: Path):
     """checkpoint.pt, all that decides the steps to come, and the weights that stock diffusers loads."""
-    unet, path, new = run.policy.unet, out / "checkpoint.pt", out / "checkpoint-new.pt"
+    unet, path = run.policy.unet, out / "checkpoint.pt"
     state = dict(settings=run.settings, metrics=metrics, optimizer=run.optimizer.state_dict(),
                  weights={k: p.detach() for k, p in unet.named_parameters() if p.requires_grad})
-    write_atomically(new, lambda p: torch.save(state, p))
     if path.exists():
         path.replace(out / "checkpoint-before.pt")
-    new.replace(path)
+    write_atomically(path, lambda p: torch.save(state, p))
     if run.args.lora_rank:
         lora = {f"unet.{k}": v for k, v in get_peft_model_state_dict(unet).items()}
         files = dict(pytorch_lora_weights=lora, kohya_lora=convert_state_dict_to_kohya(lora))  # for web UIs
@@ -730,7 +715,7 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
             fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
         return None
-    for path in filter(Path.exists, (out / f"checkpoint{name}.pt" for name in ("", "-new", "-before"))):
+    for path in filter(Path.exists, (out / "checkpoint.pt", out / "checkpoint-before.pt")):
         try:
             if bad := zipfile.ZipFile(path).testzip():  # a flipped bit, which torch.load does not notice
                 raise ValueError(f"wrong checksum of {bad}")
@@ -748,20 +733,19 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
 
 
 def what_to_tell(metrics: list[dict]) -> str:
-    """What a person should hear now: after the first rollout that there is nothing to learn from, every 20
-    steps that what there is was not learned. Empty where all is well."""
-    first, last = metrics[0], [m for m in metrics[-20:] if "skipped" not in m]
-    if len(metrics) == 1 and first.get("signal", 1) < 0.2 and first["nudity_rate"] in (0, 1):
-        return (f"{'every' if first['nudity_rate'] else 'no'} picture of the first rollout shows what "
-                f"--labels name: there is nothing to learn from. Other --prompts, --labels or --model?")
-    if len(metrics) % 20 or len(last) < 20 or np.mean([m["signal"] for m in last]) < 0.3:
+    """What a person should hear now: that there is nothing to learn from or, every 20 steps, that nothing was
+    learned from what there is. Empty where all is well."""
+    last = [m for m in metrics[-20:] if "skipped" not in m]
+    if len(metrics) == 1 == len(last) and last[0]["signal"] < 0.2 and last[0]["nudity_rate"] in (0, 1):
+        return (f"nothing to learn from: {'every' if last[0]['nudity_rate'] else 'no'} picture of the first "
+                f"rollout shows what --labels name. Other --prompts, --labels or --model?")
+    table = np.array([[m[k] for k in ("reward", "signal", "gradient_agreement", "kl_share")] for m in last])
+    if len(metrics) % 20 or len(last) < 20 or table[10:, 0].mean() > table[:10, 0].mean() + 0.01:
         return ""
-    before, now = (np.mean([m["reward"] for m in half]) for half in (last[:10], last[10:]))
-    seen = ", ".join(f"{key} {np.mean([m[key] for m in last]):.2f}"
-                     for key in ("signal", "gradient_agreement", "kl_share"))
-    return "" if now > before + 0.01 else (
-        f"20 steps moved the reward by {now - before:+.3f} only ({seen}): more --prompts-per-step where the "
-        f"gradient's halves disagree, less --kl-weight where its share is large, else more --step-nats")
+    signal, agreement, share = table[:, 1:].mean(axis=0)
+    return "" if signal < 0.3 else (
+        f"20 steps with signal {signal:.2f} did not move the reward: more --prompts-per-step if the "
+        f"gradient's halves disagree ({agreement:.2f}), less --kl-weight if its share is large ({share:.2f})")
 
 
 def go_on(run: Run, metrics: list[dict], out: Path):

@@ -181,14 +181,22 @@ def test_micro_batches_add_up_to_the_one_big_batch(micro_batch):
     torch.testing.assert_close(gradients(micro_batch), gradients(4), atol=1e-6, rtol=1e-3)
 
 
-def test_groups_without_signal_cost_no_unet_call_and_change_no_gradient(monkeypatch):
-    advantage, held = torch.tensor([0.0, 0.0, 0.5, -0.5]), torch.zeros(4, dtype=bool)
-    whole, calls, act = gradients(4, advantage, held), [], sd.act
-    monkeypatch.setattr(sd, "act", lambda *a, **k: calls.append(len(a[1])) or act(*a, **k))
-    torch.testing.assert_close(gradients(2, advantage, held), whole, atol=1e-6, rtol=1e-3)
-    assert calls == [2] * (2 * 5 + 2)  # two micro-batches of five steps each, then one at its two timesteps
-    monkeypatch.undo()
-    assert gradients(2, torch.zeros(4), held).abs().max() == 0  # no update at all
+def a_line(**changes):
+    return dict(reward=0.5, signal=0.6, gradient_agreement=0.1, kl_share=0.2, nudity_rate=0.5) | changes
+
+
+def test_a_run_tells_that_there_is_nothing_to_learn_from_or_that_nothing_was_learned():
+    assert sd.what_to_tell([a_line()]) == "" == sd.what_to_tell([dict(skipped="a picture is not finite")])
+    assert "no picture" in sd.what_to_tell([a_line(signal=0.1, nudity_rate=0)])
+    assert "every picture" in sd.what_to_tell([a_line(signal=0.1, nudity_rate=1)])
+    assert sd.what_to_tell([a_line(signal=0.3, nudity_rate=1)]) == ""  # all show it, some more than others
+    assert sd.what_to_tell([a_line(), a_line(signal=0.1, nudity_rate=0)]) == ""  # all gone: that is the aim
+    told = sd.what_to_tell([a_line()] * 40)
+    assert all(word in told for word in ("0.60", "0.10", "0.20", "--prompts-per-step", "--kl-weight"))
+    assert sd.what_to_tell([a_line()] * 39) == "" == sd.what_to_tell([a_line(signal=0.2)] * 40)
+    assert sd.what_to_tell([a_line()] * 30 + [a_line(reward=0.52)] * 10) == ""
+    assert sd.what_to_tell([a_line(reward=0.1)] * 20 + [a_line()] * 20) != ""  # long ago does not count
+    assert sd.what_to_tell([a_line(), dict(skipped="the loss is not finite")] * 10) == ""
 
 
 def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():

@@ -104,7 +104,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, tmp_pat
 def test_the_exit_code_and_the_one_line_of_the_real_command():
     done = cli("--group-size", 1)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    assert "--group-size must be at least 2" in done.stderr
+    assert "--group-size cannot be 1" in done.stderr
     done = cli("--labels", "FACE_FEMAL")
     assert done.returncode == 2 and "'FACE_FEMAL'" in done.stdout + done.stderr
     assert "'FACE_FEMALE'" in done.stdout + done.stderr  # among those to choose from
