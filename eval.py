@@ -282,12 +282,12 @@ def stock_draw(pipe, call: dict) -> tuple[np.ndarray, np.ndarray]:
 @contextmanager
 def with_weights(pipe, spec: Spec, stock: Draw, kind="base", file=Path()):
     """The method of the base model, --lora and --unet. `switched_on` puts the base model's U-Net back."""
-    with one_line(f"load --{kind} {file}"):
-        if kind == "lora":
-            eval_systems.load_lora(pipe, file)
-        elif kind == "unet":
-            pipe.unet = eval_systems.load_unet(pipe, file)
     try:
+        with one_line(f"load --{kind} {file}"):
+            if kind == "lora":
+                eval_systems.load_lora(pipe, file)
+            elif kind == "unet":
+                pipe.unet = eval_systems.load_unet(pipe, file)
         yield stock
     finally:
         if kind == "lora":

@@ -109,7 +109,7 @@ def some(names) -> str:
 
 def digest(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     """Of a tensor's values as the model holds them."""
-    return hashlib.sha256(tensor.to(dtype).float().cpu().contiguous().numpy().tobytes()).digest()
+    return hashlib.sha256(tensor.detach().to(dtype).float().cpu().contiguous().numpy().tobytes()).digest()
 
 
 def load_lora(pipe, file: Path):
