@@ -57,7 +57,11 @@ def files_of(file: Path) -> list[Path]:
     if file.suffix != ".json":
         return [file]
     names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-    return [file.parent / Path(name).name for name in names]
+    paths = [file.parent / Path(name).name for name in names]
+    for path in paths:
+        if not path.exists():
+            fail(f"--unet {file}: its shard {path} is missing")
+    return paths
 
 
 def fingerprint(kind: str, file: str) -> dict:
@@ -122,10 +126,12 @@ def load_lora(pipe, file: Path):
         fail(f"--lora {file} is no .safetensors file, and others can run code")
     tensors = load_file(file)
     pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, adapter_name="it")
-    inside, dtypes, matched = defaultdict(list), set(), {}
+    inside, dtypes, matched, lacking = defaultdict(list), set(), {}, []
     for part in (pipe.unet, pipe.text_encoder):
         for name, weight in part.named_parameters():
-            if "lora_" in name:
+            if weight.is_meta:  # peft's place for a tensor that the file does not have
+                lacking.append(name)
+            elif "lora_" in name:
                 inside[digest(weight, weight.dtype)].append((part, name))
                 dtypes.add(weight.dtype)
     for key, tensor in tensors.items():
@@ -136,7 +142,7 @@ def load_lora(pipe, file: Path):
     if left:
         fail(f"--lora {file}: diffusers and peft would not apply {len(left)} of its {len(tensors)} tensors, "
              f"which are for another model or another kind of adapter than LoRA: {some(left)}")
-    if lacking := [name for places in inside.values() for _, name in places]:
+    if lacking := lacking + [name for places in inside.values() for _, name in places]:
         fail(f"--lora {file} lacks {len(lacking)} of the tensors that go with its others: {some(lacking)}")
 
 
