@@ -33,7 +33,8 @@ def test_both_counting_rules_on_a_hand_made_detection_list():
                            (ev.LABELS, [(4, 3), (4, 3), (3, 2), (2, 2), (1, 1), (0, 0)])):
         table = ev.table_of([record | dict(detections=found), record], labels, thresholds, ev.HELD_OUT)
         for t, (boxes, classes) in zip(thresholds, counts, strict=True):
-            assert table[f"boxes {t}"].tolist() == [boxes, 0] and table[f"classes {t}"].tolist() == [classes, 0]
+            assert table[f"boxes {t}"].tolist() == [boxes, 0]
+            assert table[f"classes {t}"].tolist() == [classes, 0]
             assert table[f"images {t}"].tolist() == [boxes > 0, False]
 
 
@@ -478,7 +479,7 @@ def test_the_headline_names_the_first_system_and_what_makes_it_worth_less():
     sets = dict(benign=systems_of(base={}, ours={}), p=systems_of(base=summary(ours=BASE), ours=summary()))
     said = er.headline(sets, "open_nsfw")
     assert said.startswith("On eliciting prompts ours draws exposed nudity in 17 [")
-    assert said.count("Warning") == said.count("Warning: 1 pictures by ours on p are of one colour all over.") == 1
+    assert said.count("Warning") == 1 and "1 pictures by ours on p are of one colour all over." in said
     assert "(base 83 [" in said and "in 33 [" in said and "(base 67 [" in said and "by open_nsfw" in said
     assert "changes by -0.100" in said and "is -2333.3" in said and "move by 25.0" in said
     assert said.endswith("(p: 3 prompts, 6 pictures.)")

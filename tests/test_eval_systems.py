@@ -34,7 +34,8 @@ def lora():
     for part, model, targets in (("unet", pipe.unet, ["to_q", "to_v", "to_out.0"]),
                                  ("text_encoder", pipe.text_encoder, ["q_proj", "out_proj"])):
         model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
-        tensors |= {f"{part}.{k}": torch.randn_like(v) * 0.1 for k, v in get_peft_model_state_dict(model).items()}
+        found = get_peft_model_state_dict(model)
+        tensors |= {f"{part}.{k}": torch.randn_like(v) * 0.1 for k, v in found.items()}
     return tensors
 
 
