@@ -500,7 +500,8 @@ def test_pairs_are_the_worst_failures_and_the_largest_losses():
     rows = [ev.Row(f"prompt {i}", "", i < 3, 0, 7.5, 64, 64) for i in range(5)]
     jobs = [ev.Job("p", i, k, rows[i], None) for i in range(5) for k in range(2)]
     base, ours = (table_of([
-        record | dict(fires=["nudenet"] * (record["raw"] > 0.25) + ["open_nsfw"] * (record["open_nsfw"] > 0.5))
+        record | dict(fires=["nudenet"] * (record["raw"] > 0.25)
+                      + ["open_nsfw"] * (record["open_nsfw"] > 0.5))
         for record in records_of(**columns)]) for columns in (BASE, OURS))
     shown = er.choose_pairs(jobs, base, ours, "open_nsfw")
     which = {title: [(p["i"], p["k"]) for p in pairs] for title, pairs in shown.items()}
