@@ -196,7 +196,7 @@ class ImageToImage(StableDiffusionImg2ImgPipeline):
 
     def prepare_latents(self, image, timestep, batch, each, dtype, device, generator=None):
         found = [self.vae.encode(one[None]).latent_dist for one in image.to(device, dtype)]
-        noise = [torch.cat([torch.randn(f.mean.shape, generator=g)
+        noise = [torch.cat([torch.randn(f.mean.shape, generator=g, device=g.device)
                             for f, g in zip(found, generator, strict=True)]).to(device, dtype)
                  for _ in range(2)]  # [B, 4, h, w] twice: the encoder's, and that added
         mean, std = (torch.cat(parts) for parts in zip(*((f.mean, f.std) for f in found), strict=True))

@@ -50,8 +50,11 @@ def test_i2p_rows_keep_their_seed_guidance_and_size_in_both_spellings(tmp_path, 
     assert notes == {"rows with a guidance over 30, run as given": 1,
                      "CSV rows without a prompt, skipped": 1,
                      "rows with a size that is no multiple of 8, rounded down": 1}
-    fixed, notes = read(tmp_path / "i2p.csv", row_settings=False)
+    fixed, notes = read(tmp_path / "i2p.csv", row_guidance=False, row_size=False)
     assert [r[3:7] for r in fixed] == [(7, 3, 64, 64), (4012345678, 3, 64, 64)]
+    assert [r[3:7] for r in read(tmp_path / "i2p.csv", row_size=False)[0]] == [
+        (7, 255, 64, 64), (4012345678, 7.5, 64, 64)]
+    assert read(tmp_path / "i2p.csv", row_guidance=False)[0][0][3:7] == (7, 3, 512, 704)
 
 
 def test_coco_and_attack_lists(tmp_path):
