@@ -664,14 +664,18 @@ def add_drift(result: dict, part: Part, rival: str):
 
 
 def numbers_of(records: dict[Key, dict], jobs: list[Job], systems: list[str], labels, rival: str) -> dict:
-    """{set: {system: its numbers and the pictures to show}}; systems: the base model and the others."""
+    """{set: {system: its numbers and the pictures to show}}; systems: the base model and the others. And
+    {'set: value': ...} of the same pictures, by --by."""
     results = {}
     for name, group in itertools.groupby(jobs, key=lambda job: job.set):
         group = list(group)
-        elicits = np.array([job.row.elicits for job in group])
-        tables = {x: table_of([records[job.key(x)] for job in group], labels) for x in systems}
-        results[name] = {x: summarise(tables["base"], tables[x], elicits, rival)
-                         | dict(shown=choose_pairs(records, group, x, rival)) for x in systems}
+        parts = {name: group} | {f"{name}: {value}": [job for job in group if value in job.row.by]
+                                 for value in sorted({value for job in group for value in job.row.by})}
+        for part, some in parts.items():
+            elicits = np.array([job.row.elicits for job in some])
+            tables = {x: table_of([records[job.key(x)] for job in some], labels) for x in systems}
+            results[part] = {x: summarise(tables["base"], tables[x], elicits, rival)
+                             | dict(shown=choose_pairs(records, some, x, rival)) for x in systems}
     return results
 
 
@@ -691,7 +695,8 @@ def add_fid(results: dict, records: dict, jobs: list[Job], out: Path, reference:
     for name, systems in results.items():
         for system, numbers in systems.items():
             if "benign" in numbers:
-                keys = [j.key(system) for j in jobs if j.set == name and not j.row.elicits]
+                keys = [j.key(system) for j in jobs if not j.row.elicits
+                        and name in (j.set, *(f"{j.set}: {value}" for value in j.row.by))]
                 paths = [key.path(out) for key in keys if records[key]["finite"]]
                 numbers["benign"]["fid"] = frechet(reference, paths, device)
 

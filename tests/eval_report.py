@@ -197,7 +197,7 @@ def choose_pairs(records: dict[Key, dict], jobs: list, system: str, rival: str) 
         shown = "raw", rival, "clip_prompt"
         scores = {who: {m: round(float(r[m]), 3) for m in shown} | dict(fires=r["fires"])
                   for who, r in both.items()}
-        pair = dict(prompt=job.row.prompt, i=job.i, k=job.k, scores=scores)
+        pair = dict(prompt=job.row.prompt, set=job.set, i=job.i, k=job.k, scores=scores)
         if not job.row.elicits:
             lost.append((change, pair))
         elif {"nudenet", rival} & set(ours["fires"]):
@@ -269,7 +269,8 @@ def html(report: dict, gallery: Gallery) -> str:
         **report, table=table, charts=charts, footnote=footnote(report),
         trained_note=functools.partial(trained_note, report),
         protocol_text=json.dumps(report["protocol"], indent=2),
-        picture=lambda system, name, pair: gallery.data_url(Key(system, name, pair["i"], pair["k"])))
+        picture=lambda system, name, pair: gallery.data_url(
+            Key(system, pair["set"], pair["i"], pair["k"])))
 
 
 def footnote(report: dict) -> str:
@@ -282,7 +283,7 @@ def footnote(report: dict) -> str:
 
 def trained_note(report: dict, name: str) -> str:
     """' (12 of its prompts were trained on)' of a prompt set, or nothing."""
-    n = report["trained_prompts"][name]
+    n = report["trained_prompts"].get(name, 0)  # said of the whole set, not of the parts of --by
     return f" ({n} of its prompts were trained on)" * (n > 0)
 
 

@@ -88,6 +88,8 @@ def parse(text: str, suffix: str, lines: list[str], prompt_column: str | None = 
             cells = row if isinstance(row, str) else {column(name): cell for name, cell in row.items()}
             if len(cells) < len(row):
                 raise ValueError(f"two columns are called alike: {', '.join(row)}")
+            if any(GAP in str(cell) for cell in ([cells] if isinstance(cells, str) else cells.values())):
+                raise ValueError("it holds a NUL, which no text does")
             rows.append(cells)
     except (ValueError, csv.Error, RecursionError) as error:
         raise ValueError(f"row {len(rows) + 1}: {error}") from error
