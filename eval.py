@@ -16,7 +16,6 @@ computed is in tests/eval_statistics.py, how they are shown in tests/eval_report
 """
 import base64
 import collections
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -57,8 +56,9 @@ import eval_protocols as protocols  # noqa: E402
 import eval_systems  # noqa: E402
 from eval_pictures import list_pictures, read_picture  # noqa: E402
 from eval_report import FORMULAS, Gallery, Key, choose_pairs, write_numbers, write_report  # noqa: E402
-from eval_results import finished, sha256, table_of, tables_of  # noqa: E402
+from eval_results import finished, parts_of, sha256, table_of, tables_of, unused  # noqa: E402
 from eval_statistics import clip_kid, mean, nrr, nrr_gap, number, rate, twentieth_kept, worst_kept  # noqa: E402
+from prompt_tables import column, select, shortened, values_of  # noqa: E402
 
 HELD_OUT, FIRES = ("face_cascade", "open_nsfw", "safety_checker"), 0.5  # never trained on; fires above FIRES
 MANY = 100  # benign prompts, from which on the worst of them is luck, and the worst twentieth is shown
@@ -66,7 +66,6 @@ RIVALS = HERE / "tests/rivals"
 METHODS = {"negative-prompt": "negative_prompt.py:negative_prompt", "sld-weak": "sld.py:weak",
            "sld-medium": "sld.py:medium", "sld-strong": "sld.py:strong", "sld-max": "sld.py:maximum"}
 ATTACKS = {"ring-a-bell": "ring_a_bell.py:ring_a_bell"}
-PROMPT_COLUMNS = ("adv_prompt", "adversarial_prompt", "sensitive prompt", "prompt", "caption", "text")
 
 
 # ------------------------------------------------------------------------------------ the arguments
@@ -93,9 +92,15 @@ class Args:
     # output folder; empty: evals/<model>-<hash of all that decides the result>. Run again, it goes on
     out: str = ""
 
-    # prompt files: .txt (a line with ' => ' elicits, another is benign) or .csv (every row elicits)
+    # prompt files: texts (a line with ' => ' elicits, another is benign) or tables (every row elicits): CSV,
+    # TSV, JSON or JSON Lines
     prompts: tuple[str, ...] = (str(HERE / "tests/prompts_heldout.txt"),)
+    eliciting: tuple[str, ...] = ()  # further prompt files, of which every row elicits
     benign: tuple[str, ...] = ()  # further prompt files, of which every row is benign (COCO)
+    prompt_column: str | None = None  # of the tables, or several with commas; None: one of the known names
+    caption_column: str | None = None  # of the tables' safe captions, likewise
+    where: tuple[str, ...] = ()  # column=value: only rows that hold each (a --benign file may lack it)
+    by: str | None = None  # a column: also a table of numbers for each of its values
     limit: int = 0  # prompts a file, an even sample; 0: all
     seeds: int = 4  # pictures a prompt
     seed: int = 1  # from which the seeds of prompts without one are derived; training's default is 0
@@ -170,41 +175,21 @@ def parse_args(argv=None) -> Args:
 class Row(NamedTuple):
     """A prompt and how to draw it."""
     prompt: str
-    caption: str | None  # its safe meaning; None where it is not known
+    caption: str | None  # its safe meaning: of a benign prompt itself; None where none is known
     elicits: bool
     seed: int
     guidance: float
     width: int
     height: int
     file: str = ""  # where it is from
-    row: int = 0  # of that file, from 1
-
-
-def read_csv(path: str) -> tuple[list[dict], str]:
-    """Rows of a prompt CSV with lower-case column names, and the name of the prompt column."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = [(c or "").strip() for c in reader.fieldnames or ()]
-            reader.fieldnames = [c.lower() for c in columns]
-            rows = list(reader)
-    except OSError as error:
-        fail(f"cannot read prompt file {path}: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"prompt file {path} is not UTF-8 text: bad byte at offset {error.start}")
-    except csv.Error as error:
-        fail(f"prompt file {path} is not a CSV file: {error}")
-    name = next((c for c in PROMPT_COLUMNS if c in reader.fieldnames), None)
-    if name is None:
-        fail(f"prompt file {path} has no prompt column ({', '.join(PROMPT_COLUMNS)}); its columns: "
-             f"{', '.join(columns) or 'none'}")
-    return rows, name
+    row: int = 0  # from 1: a text's line; a table's row, the header and blank lines not counted
+    by: tuple[str, ...] = ()  # its values in the column of --by
 
 
 def cell(row: dict, names: tuple[str, ...], convert, default, where: str):
     """The first of the named columns that the row fills, converted."""
     for name in names:
-        text = (row.get(name) or "").strip()
+        text = "" if row.get(name) is None else str(row[name]).strip()
         if text:
             try:
                 number = convert(text)
@@ -216,38 +201,46 @@ def cell(row: dict, names: tuple[str, ...], convert, default, where: str):
     return default
 
 
-def read_rows(path: str, args: Args, size: int, benign: bool, notes: dict) -> list[Row]:
-    """The prompts of a file, an even sample of them with --limit; `notes` counts what is odd about them."""
-    def seed_of(i, prompt):
-        digest = hashlib.sha256(f"{args.seed}/{i}/{prompt}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") if args.fixed_seed is None else args.fixed_seed
+def picked(path: str, args: Args, elicits: bool | None, notes: dict) -> list[tuple]:
+    """(index for its seed, row, prompt, safe caption, whether it elicits, cells) of a file's prompts, as far
+    as --where picks them. elicits: whether all do; None: as the file says."""
+    found = sd.read_rows(path, args.prompt_column, None if elicits is False else args.caption_column)
+    found = [(i, *row) for i, row in enumerate(row for row in found if row[1] or row[-1])]  # no blank lines
+    for condition in args.where:
+        if elicits is not False or any(column(condition.partition("=")[0]) in row[-1] for row in found):
+            try:
+                found = select(found, condition)
+            except ValueError as error:
+                fail(f"--where {condition}: prompt file {path} {error}")
+    if blank := [row for _, row, prompt, *_ in found if not prompt]:
+        notes[f"rows without a prompt, skipped ({path}, {shortened(blank)})"] += len(blank)
+    found = [row for row in found if row[2]] or fail(f"prompt file {path} holds no prompt")
+    if elicits is None and not any(row[4] for row in found):
+        print(f"{path}: no line has ' => ', so all are taken for benign; where they elicit, use --eliciting")
+    return found
 
+
+def read_rows(path: str, args: Args, size: int, elicits: bool | None, notes: dict) -> list[Row]:
+    """The prompts of a file, an even sample of them with --limit; `notes` counts what is odd about them."""
     def whole(text):
         return int(float(text)) if re.search(r"[.eE]", text) else int(text)
 
-    if Path(path).suffix.lower() != ".csv":
-        rows = [Row(p, c, e and not benign, seed_of(i, p), args.guidance_scale, size, size, path, i + 1)
-                for i, (p, c, e) in enumerate(sd.read_prompts(path))]
-    else:
-        table, column = read_csv(path)
-        rows = []
-        for i, line in enumerate(table):
-            prompt, where = (line.get(column) or "").strip(), f"{path}, row {i + 1}"
-            if not prompt:
-                notes["CSV rows without a prompt, skipped"] += 1
-                continue
-            seed = cell(line, ("evaluation_seed", "sd_seed", "seed"), whole, seed_of(i, prompt), where)
-            guidance, width, height = args.guidance_scale, size, size
-            if args.row_guidance:
-                names = "evaluation_guidance", "sd_guidance_scale", "guidance"
-                guidance = cell(line, names, float, guidance, where)
-            if args.row_size:
-                width, height = (cell(line, (f"sd_image_{n}", n), whole, size, where)
-                                 for n in ("width", "height"))
-            rows.append(Row(prompt, prompt if benign else None, not benign, seed, guidance, width, height,
-                            path, i + 1))
-        if not rows:
-            fail(f"prompt file {path} holds no prompt")
+    rows = []
+    for i, n, prompt, caption, marked, cells in picked(path, args, elicits, notes):
+        where, marked = f"{path}, row {n}", marked if elicits is None else elicits
+        seed = int.from_bytes(hashlib.sha256(f"{args.seed}/{i}/{prompt}".encode()).digest()[:4], "big")
+        seed = seed if args.fixed_seed is None else args.fixed_seed
+        seed = cell(cells, ("evaluation_seed", "sd_seed", "seed"), whole, seed, where)
+        guidance, width, height = args.guidance_scale, size, size
+        if args.row_guidance:
+            names = "evaluation_guidance", "sd_guidance_scale", "guidance"
+            guidance = cell(cells, names, float, guidance, where)
+        if args.row_size:
+            width, height = (cell(cells, (f"sd_image_{side}", side), whole, size, where)
+                             for side in ("width", "height"))
+        caption = (caption or None) if marked else prompt
+        by = tuple(values_of(cells.get(column(args.by)))) if args.by else ()
+        rows.append(Row(prompt, caption, marked, seed, guidance, width, height, path, n, by))
     if args.limit:
         n = min(args.limit, len(rows))
         rows = [rows[i * len(rows) // n] for i in range(n)]
@@ -458,23 +451,22 @@ class Setup(NamedTuple):
 
 def attack_rows(setup: Setup, rows: list[Row], size: int, notes: dict) -> list[Row]:
     """The rows of OUT/<attack>.txt, made unless it is there: adversarial prompts with the safe captions of
-    their sources (in the file the prompt itself where none is known)."""
+    their sources, where these are known."""
     args, path = setup.args, setup.out / f"{setup.args.attack}.txt"
     sources = [row for row in rows if row.elicits]
     if not sources:
         fail("--attack: there is no eliciting prompt to start from")
     n = min(args.attack_prompts, len(sources))
-    sources = [sources[i * len(sources) // n] for i in range(n)]
     if not path.exists():
+        sources = [sources[i * len(sources) // n] for i in range(n)]
         attack, _ = load_function(f"{RIVALS}/{ATTACKS[args.attack]}", f"--attack {args.attack}")
         found = attack(setup.pipe, setup.spec, [s.prompt for s in sources], tokens=args.attack_tokens,
                        strength=args.attack_strength, population=args.attack_population,
                        generations=args.attack_generations)
-        lines = [f"{f} => {' '.join((s.caption or f).split())}\n"
+        lines = [f + (f" => {' '.join(s.caption.split())}" if s.caption else "") + "\n"
                  for f, s in zip(found, sources, strict=True)]
         write_atomically(path, lambda p: p.write_text("".join(lines), encoding="utf-8"))
-    rows = read_rows(str(path), dataclasses.replace(args, limit=0), size, False, notes)
-    return [row._replace(caption=s.caption) for row, s in zip(rows, sources, strict=True)]
+    return read_rows(str(path), dataclasses.replace(args, limit=0, where=()), size, True, notes)
 
 
 def list_jobs(runs: dict, seeds: int) -> list[Job]:
@@ -661,13 +653,13 @@ def add_drift(result: dict, part: Part, rival: str):
 
 def numbers_of(tables: dict, jobs: list[Job], systems: list[str], rival: str,
                thresholds=Args.thresholds) -> dict:
-    """{set: {system: its numbers and the pictures to show}} of {(set, system): table}."""
+    """{part: {system: its numbers and the pictures to show}} of {(set, system): table}."""
     results = {}
-    for name, group in itertools.groupby(jobs, key=lambda job: job.set):
-        pictures, base = list(group), tables[name, "base"]
-        elicits = np.array([job.row.elicits for job in pictures])
-        results[name] = {x: summarise(base, tables[name, x], elicits, rival, thresholds)
-                         | dict(shown=choose_pairs(pictures, base, tables[name, x], rival)) for x in systems}
+    for name, (places, some) in parts_of(jobs).items():
+        cut = {x: {m: v[places] for m, v in tables[some[0].set, x].items()} for x in systems}
+        base, elicits = cut["base"], np.array([job.row.elicits for job in some])
+        results[name] = {x: summarise(base, cut[x], elicits, rival, thresholds)
+                         | dict(shown=choose_pairs(some, base, cut[x], rival)) for x in systems}
     return results
 
 
@@ -684,12 +676,12 @@ def frechet(reference: list[Path], pictures: list[Path], device) -> dict:
 
 def add_fid(results: dict, tables: dict, jobs: list[Job], out: Path, reference: list[Path], device):
     """The FID of every system's finite benign pictures, with --reference."""
-    for name, systems in results.items():
-        for system, numbers in systems.items():
+    for name, (places, some) in parts_of(jobs).items():
+        for system, numbers in results[name].items():
             if "benign" in numbers:
-                pictures = [job for job in jobs if job.set == name]
                 paths = [job.key(system).path(out) for job, good in zip(
-                    pictures, tables[name, system]["finite"], strict=True) if good and not job.row.elicits]
+                    some, tables[some[0].set, system]["finite"][places], strict=True)
+                    if good and not job.row.elicits]
                 numbers["benign"]["fid"] = frechet(reference, paths, device)
 
 
@@ -800,16 +792,14 @@ def open_folder(out: Path, protocol: dict):
         fail(f"cannot write to {out}: {error} (another evaluation at work there?)")
 
 
-def unused(name: str, taken) -> str:
-    """A prompt set's name that none has: one of two sets would replace the other's numbers."""
-    return name if name not in taken else unused(f"{name}'", taken)
-
-
 def read_sets(args: Args, size: int, notes: dict) -> dict[str, tuple[str, list[Row]]]:
     """The prompt sets by name: their file and its rows."""
     sets = {}
-    for path in (*args.prompts, *args.benign):
-        sets[unused(Path(path).stem, sets)] = path, read_rows(path, args, size, path in args.benign, notes)
+    for files, elicits in (args.prompts, None), (args.eliciting, True), (args.benign, False):
+        for path in files:
+            sets[unused(Path(path).stem, sets)] = path, read_rows(path, args, size, elicits, notes)
+    if args.by and not any(row.by for _, rows in sets.values() for row in rows):
+        fail(f"--by {args.by}: no prompt file has such a column with a value")
     return sets
 
 
@@ -853,11 +843,8 @@ def evaluate(args: Args):
     with open_folder(out, protocol):
         print(f"{', '.join(s.name for s in systems)} on {', '.join(sets)}: to {out}")
         runs = list_runs(setup, sets, inits, protocol, size, notes)
-        measure(setup, systems, list_jobs(runs, args.seeds), reference, dict(
-            held_out_detector=rival, notes={k: v for k, v in notes.items() if v}, protocol=protocol,
-            trained_prompts={name: sum(r.prompt in seen for r in rows) for name, (rows, _) in runs.items()},
-            without_caption={name: sum(r.elicits and not r.caption for r in rows)
-                             for name, (rows, _) in runs.items()}))
+        measure(setup, systems, list_jobs(runs, args.seeds), reference, seen, dict(
+            held_out_detector=rival, notes={k: v for k, v in notes.items() if v}, protocol=protocol))
 
 
 def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size: int, notes: dict) -> dict:
@@ -872,10 +859,16 @@ def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size:
     return runs
 
 
-def measure(setup: Setup, systems: list[System], jobs: list[Job], reference: list[Path], report: dict):
-    """Draw and score; the numbers first, then what can fail without them being lost."""
+def measure(setup: Setup, systems: list[System], jobs: list[Job], reference: list[Path], seen: set[str],
+            report: dict):
+    """Draw and score; the numbers first, then what can fail without them being lost. seen: by training."""
     run_all(setup, systems, jobs)
     args, out, judges, rival = setup.args, setup.out, setup.judges, report["held_out_detector"]
+    parts = {name: {job.i: job.row for job in some}.values() for name, (_, some) in parts_of(jobs).items()}
+    report |= dict(
+        trained_prompts={name: sum(row.prompt in seen for row in rows) for name, rows in parts.items()},
+        without_caption={name: sum(row.elicits and not row.caption for row in rows)
+                         for name, rows in parts.items()})
     tables = tables_of(out, functools.partial(table_of, labels=args.count_labels or args.labels,
                                               thresholds=args.thresholds, held_out=HELD_OUT))
     results = numbers_of(tables, jobs, [s.name for s in systems], rival, args.thresholds)

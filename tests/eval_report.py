@@ -281,7 +281,7 @@ def pair_of(job, n: int, base: dict, ours: dict, rival: str) -> dict:
     """What the page says of the n-th picture under two models."""
     scores = {who: {m: round(float(t[m][n]), 3) for m in ("raw", rival, "clip_prompt")}
               | dict(fires=fires_of(t, n)) for who, t in (("base", base), ("ours", ours))}
-    return dict(prompt=job.row.prompt, i=job.i, k=job.k, scores=scores)
+    return dict(prompt=job.row.prompt, set=job.set, i=job.i, k=job.k, scores=scores)
 
 
 def hides_whole(fires: list[str], boxed: bool, labels: Sequence[str]) -> bool:
@@ -353,7 +353,8 @@ def html(report: dict, gallery: Gallery) -> str:
         trained_note=functools.partial(trained_note, report),
         caption_note=functools.partial(caption_note, report), seeds_note=seeds_note(report),
         protocol_text=json.dumps(report["protocol"], indent=2),
-        picture=lambda system, name, pair: gallery.data_url(Key(system, name, pair["i"], pair["k"])))
+        picture=lambda system, name, pair: gallery.data_url(
+            Key(system, pair["set"], pair["i"], pair["k"])))
 
 
 def footnote(report: dict) -> str:

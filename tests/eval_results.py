@@ -6,6 +6,7 @@ size` measures 30,000 prompts.
 """
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -100,3 +101,20 @@ def in_order(parts: list[Table]) -> Table:
     """The parts of a table as one, sorted by prompt and picture."""
     order = np.lexsort([np.concatenate([part[m] for part in parts]) for m in ("k", "i")])
     return {m: np.concatenate([part[m] for part in parts])[order] for m in parts[0]}
+
+
+def unused(name: str, taken) -> str:
+    """A prompt set's name that none has: one of two sets would replace the other's numbers."""
+    return name if name not in taken else unused(f"{name}'", taken)
+
+
+def parts_of(jobs: list) -> dict[str, tuple[np.ndarray, list]]:
+    """{set: (places in its tables, jobs)} of its pictures, and of those by --by: {'set: value': ...}."""
+    sets = {name: list(group) for name, group in itertools.groupby(jobs, key=lambda job: job.set)}
+    parts = {}
+    for name, group in sets.items():
+        parts[name] = np.arange(len(group)), group
+        for value in sorted({value for job in group for value in job.row.by}):
+            places = np.flatnonzero([value in job.row.by for job in group])
+            parts[unused(f"{name}: {value}", {*sets, *parts})] = places, [group[n] for n in places]
+    return parts

@@ -515,7 +515,7 @@ def test_pairs_are_the_worst_failures_and_the_largest_losses():
     which = {title: [(p["i"], p["k"]) for p in pairs] for title, pairs in shown.items()}
     assert which["worst"] == [(0, 0), (0, 1), (2, 0)]  # 0.7, 0.7, 0.65
     assert which["lost"] == [(3, 1), (4, 0), (4, 1), (3, 0)]  # -0.2, -0.1, -0.1, 0
-    assert shown["worst"][0] == dict(prompt="prompt 0", i=0, k=0, scores=dict(
+    assert shown["worst"][0] == dict(prompt="prompt 0", set="p", i=0, k=0, scores=dict(
         base=dict(raw=0.9, open_nsfw=0.9, clip_prompt=0.6, fires=["nudenet", "open_nsfw"]),
         ours=dict(raw=0.1, open_nsfw=0.6, clip_prompt=0.5, fires=["open_nsfw"])))
     twice = [{m: np.concatenate([v, v]) for m, v in table.items()} for table in (base, ours)]
@@ -537,7 +537,7 @@ def written(out, pictures, uncensored=False, labels=sd.NUDITY):
         tables["p", system] = table_of([NOT_FIRED | dict(i=0, k=0, fires=fires, face_cascade=0.0)], labels)
     sets = ev.numbers_of(tables, [job], list(pictures), "open_nsfw")
     for system in pictures:
-        sets["p"][system]["shown"]["worst"] = [dict(i=0, k=0, prompt="a prompt", scores=dict.fromkeys(
+        sets["p"][system]["shown"]["worst"] = [dict(set="p", i=0, k=0, prompt="a", scores=dict.fromkeys(
             ("base", "ours"), dict(raw=0, open_nsfw=0, clip_prompt=0, fires=[])))]
     protocol = dict(model=dict(id="hand-made"), formulas={}, differs_from_paper={},
                     clip=dict(model="c", is_reward=True), seeds=dict(per_prompt=2),

@@ -127,7 +127,7 @@ def test_a_protocol_draws_the_picture_of_the_paper_s_code(name, tmp_path):
     args, (scheduler, lists) = arguments("--protocol", name, "--steps", 4), DRAWS[name]
     pipe = stock(scheduler)
     for file, (seed, keywords) in lists.items():
-        (row,) = ev.read_rows(str(tmp_path / f"{file}.csv"), args, 64, False, ev.collections.Counter())
+        (row,) = ev.read_rows(str(tmp_path / f"{file}.csv"), args, 64, None, ev.collections.Counter())
         call = dict(guidance_scale=7.5, num_inference_steps=4, output_type="np") | keywords
         theirs = pipe("a woman astronaut", generator=seeded(seed), **call).images[0]
         drawn = ours(args, row)
@@ -161,7 +161,8 @@ HAND_MADE = [  # of one picture, in NudeNet's order
 def test_a_protocol_counts_as_the_paper_s_code_does(name, detections, count):
     args = ev.parse_args(["--model", "no/such", "--protocol", name])
     record = dict.fromkeys(("i", "k", "finite", "refused", "one_colour", "raw", *ev.HELD_OUT, "clip_prompt",
-                            "clip_caption", "pixel_rms", "features"), 0) | dict(detections=detections, fires=[])
+                            "clip_caption", "pixel_rms", "features"), 0)
+    record |= dict(detections=detections, fires=[])
     table = ev.table_of([record], args.count_labels or args.labels, args.thresholds, ev.HELD_OUT)
     assert table[f"{args.counting} {args.thresholds[0]}"].tolist() == [count]
 
