@@ -74,7 +74,9 @@ class Args:
     """ShieldDiff. Defaults are those in force: Stable Diffusion's or, without CUDA, the embedded model's."""
     steps: int = 300  # policy-gradient steps: one rollout and its updates each
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # folder or hub id of an SD 1.x / 2.x pipeline
-    prompts: str = str(HERE / "prompts.txt")  # a line each: 'prompt => safe caption', or a benign one to hold
+    prompts: str = str(HERE / "prompts.txt")  # a line each, 'prompt => safe caption' or benign; or a table
+    prompt_column: str | None = None  # of a table: CSV, TSV, JSON, JSON Lines. None: one of the known names
+    caption_column: str | None = None  # of a table's safe captions
     labels: tuple[Literal[LABELS], ...] = NUDITY  # NudeNet labels to suppress
     out: str = ""  # output folder; empty: runs/<model>-<seed>
     resume: bool = False  # go on from the last checkpoint in --out, as if the run had never stopped
@@ -534,18 +536,38 @@ def check(args: Args):
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
 
-def read_prompts(path: str) -> list[tuple[str, str, bool]]:
-    """[(prompt, safe caption, whether the line names one)] of a prompt file; exits where there is none."""
+def read_rows(path: str, *columns: str | None) -> list[tuple[int, str, str, bool, dict]]:
+    """[(row from 1, prompt, safe caption, whether it elicits, {column: cell})] of a prompt file; "" is none.
+    Of a text, lines with ' => ' elicit; of a table all rows do (tests/prompt_tables.py, where columns go)."""
+    rows = []
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read prompt file {path} as UTF-8 text: {error}")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and line.lstrip()[0] != "#"]
-    for line in lines:
-        if "=>" in line and " => " not in line:  # taken for a benign prompt it would be held
-            fail(f"prompt file {path}: '=>' needs a space and a text on both sides: {line}")
-    parts = [[part.strip() for part in line.split(" => ", 1)] for line in lines]
-    return [(p[0], p[-1], len(p) == 2) for p in parts] or fail(f"prompt file {path} holds no prompt")
+        lines = ["" if s.lstrip()[:1] == "#" else s for s in text.split("\n")]  # splitlines() cuts at more
+        first = next(filter(str.strip, lines), "").lower()
+        if Path(path).suffix != ".txt" or first[:1] in ("[", "{") or "prompt" in first:  # else not needed
+            sys.path.append(str(HERE / "tests"))
+            from prompt_tables import parse
+            lines = parse(text, Path(path).suffix.lower(), lines, *columns)
+        for i, row in enumerate(lines, 1):
+            if isinstance(row, str):
+                prompt, arrow, caption = map(str.strip, row.strip().partition(" => "))
+                if "=>" in prompt or "\0" in row:  # taken for a benign prompt it would be held
+                    raise ValueError(f"row {i}: '=>' needs a space and a text on both sides: {row.strip()}")
+                row = prompt, caption, bool(arrow), {}
+            rows.append((i, *row))
+    except (OSError, ValueError) as error:
+        fail(f"cannot read prompt file {path} as UTF-8: {error}")
+    return rows
+
+
+def read_prompts(path: str, *columns: str | None) -> list[tuple[str, str, bool]]:
+    """[(prompt, safe caption, whether it elicits)] to train on; exits where there is nothing to suppress."""
+    rows = [row for row in read_rows(path, *columns) if row[1]]
+    if bare := [i for i, _, caption, elicits, _ in rows if elicits and not caption]:
+        fail(f"prompt file {path}, row {bare[0]} has no safe caption to train on: see --caption-column")
+    if not any(elicits for *_, elicits, _ in rows):
+        fail(f"prompt file {path} holds no prompt to suppress, 'prompt => safe caption' or a table's row")
+    return [(prompt, caption or prompt, elicits) for _, prompt, caption, elicits, _ in rows]
 
 
 @contextmanager
@@ -637,7 +659,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     clip, processor = load_clip(args.clip_model, device)
     settings["weights"] = [hashlib.sha256(to_bytes(part.state_dict())).hexdigest()  # wherever they lie
                            for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]
-    eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits] or list(range(len(pairs)))
+    eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
     captions = caption_features(clip, processor, [c for _, c, _ in pairs]).cpu()
@@ -773,7 +795,7 @@ def go_on(run: Run, metrics: list[dict], out: Path):
 def train(args: Args):
     """The whole run, or what is left of it."""
     check(args)
-    pairs, out = read_prompts(args.prompts), Path(args.out)
+    pairs, out = read_prompts(args.prompts, args.prompt_column, args.caption_column), Path(args.out)
     settings = dataclasses.asdict(args) | {"prompts": pairs}  # the file may move, or change
     state, device = open_run(args, settings, out), "cuda" if torch.cuda.is_available() else "cpu"
     why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"

@@ -33,7 +33,8 @@ import shielddiff as sd
 # ------------------------------------------------------------------------------------ prompt files
 def read(path, benign=False, **changes):
     notes = ev.collections.Counter()
-    rows = ev.read_rows(str(path), ev.Args(guidance_scale=3.0, **changes), 64, benign, notes)
+    elicits = False if benign else None
+    rows = ev.read_rows(str(path), ev.Args(guidance_scale=3.0, **changes), 64, elicits, notes)
     return rows, {k: v for k, v in notes.items() if v}
 
 
@@ -44,18 +45,22 @@ def test_i2p_rows_keep_their_seed_guidance_and_size_in_both_spellings(tmp_path, 
         '0,"a, b","sexual, hate",7,255,512,704\n'
         "1,c,sexual,4012345678,7.5,516,\n2, ,sexual,1,7,512,512\n", encoding="utf-8")
     rows, notes = read(tmp_path / "i2p.csv")
-    assert rows == [ev.Row("a, b", "a, b", True, 7, 255.0, 512, 704),
-                    ev.Row("c", "c", True, 4012345678, 7.5, 512, 64)]
+    file = str(tmp_path / "i2p.csv")
+    assert rows == [ev.Row("a, b", None, True, 7, 255.0, 512, 704, file, 1),
+                    ev.Row("c", None, True, 4012345678, 7.5, 512, 64, file, 2)]
     assert notes == {"rows with a guidance over 30, run as given": 1,
-                     "CSV rows without a prompt, skipped": 1,
+                     f"rows without a prompt, skipped ({file}, 3)": 1,
                      "rows with a size that is no multiple of 8, rounded down": 1}
-    fixed, notes = read(tmp_path / "i2p.csv", row_settings=False)
-    assert [r[3:] for r in fixed] == [(7, 3, 64, 64), (4012345678, 3, 64, 64)]
+    fixed, notes = read(tmp_path / "i2p.csv", row_guidance=False, row_size=False)
+    assert [r[3:7] for r in fixed] == [(7, 3, 64, 64), (4012345678, 3, 64, 64)]
+    assert [r[3:7] for r in read(tmp_path / "i2p.csv", row_size=False)[0]] == [
+        (7, 255, 64, 64), (4012345678, 7.5, 64, 64)]
+    assert read(tmp_path / "i2p.csv", row_guidance=False)[0][0][3:7] == (7, 3, 512, 704)
 
 
 def test_coco_and_attack_lists(tmp_path):
     (tmp_path / "coco.csv").write_text("case_number,source,prompt,evaluation_seed\n2,coco,a dog,99949\n")
-    dog = ev.Row("a dog", "a dog", False, 99949, 3.0, 64, 64)
+    dog = ev.Row("a dog", "a dog", False, 99949, 3.0, 64, 64, str(tmp_path / "coco.csv"), 1)
     assert read(tmp_path / "coco.csv", benign=True)[0] == [dog]
     (tmp_path / "mma.csv").write_text("target_prompt,adv_prompt\nplain,twisted\n")
     (tmp_path / "rab.csv").write_text(',"sensitive prompt"\n0,words\n')
@@ -73,7 +78,7 @@ def test_a_prompt_without_a_seed_keeps_its_own_whatever_the_sample(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("id,text_of_prompt\n1,a\n", ["no prompt column", "id, text_of_prompt"]), ("", ["none"]),
+    ("id,text_of_prompt\n1,a\n", ["no prompt column", "id, text_of_prompt"]), ("", ["holds no prompt"]),
     ("prompt\n", ["holds no prompt"]), ("prompt,seed\na,x\n", ["row 1", "seed", "'x'"]),
     ("prompt,guidance\na,1\nb,nan\n", ["row 2", "guidance"]),
     ("prompt,width\na,1e999\n", ["row 1", "width"])])
