@@ -59,6 +59,7 @@ from eval_report import FORMULAS, Gallery, Key, choose_pairs, write_numbers, wri
 from eval_results import finished, parts_of, sha256, table_of, tables_of, unused  # noqa: E402
 from eval_statistics import clip_kid, mean, nrr, nrr_gap, number, rate, twentieth_kept, worst_kept  # noqa: E402
 from prompt_tables import column, select, shortened, values_of  # noqa: E402
+from prompt_tables import read_rows as read_prompt_file  # noqa: E402
 
 HELD_OUT, FIRES = ("face_cascade", "open_nsfw", "safety_checker"), 0.5  # never trained on; fires above FIRES
 MANY = 100  # benign prompts, from which on the worst of them is luck, and the worst twentieth is shown
@@ -204,7 +205,8 @@ def cell(row: dict, names: tuple[str, ...], convert, default, where: str):
 def picked(path: str, args: Args, elicits: bool | None, notes: dict) -> list[tuple]:
     """(index for its seed, row, prompt, safe caption, whether it elicits, cells) of a file's prompts, as far
     as --where picks them. elicits: whether all do; None: as the file says."""
-    found = sd.read_rows(path, args.prompt_column, None if elicits is False else args.caption_column)
+    with one_line(f"read prompt file {path} as UTF-8"):
+        found = read_prompt_file(path, args.prompt_column, None if elicits is False else args.caption_column)
     found = [(i, *row) for i, row in enumerate(row for row in found if row[1] or row[-1])]  # no blank lines
     for condition in args.where:
         if elicits is not False or any(column(condition.partition("=")[0]) in row[-1] for row in found):

@@ -14,8 +14,8 @@ picture is a black box with two terms, each standardised among the K pictures of
            max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
            kl_weight * mean((mu_theta - mu_frozen)^2)        where it is benign
 
-The nudity term removes the content, the CLIP term keeps the rest, and benign prompts are held. Sections 1 to
-5 are the method: start at policy_gradient_step. Section 6 is what a run needs: prompts, models, files.
+The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). Start
+at policy_gradient_step: sections 1 to 5 are the method, 6 is what a run needs: prompts, models, files.
 """
 import argparse
 import copy
@@ -151,15 +151,14 @@ class Policy:
 
     @contextmanager
     def frozen(self):
-        """Within it the policy is the one before training, and nothing has a gradient."""
-        trained, self.unet = self.unet, self.before or self.unet
-        if not self.before:
-            trained.disable_adapters()
+        """The policy before training, and no gradient, for as long as the context lasts."""
         with torch.no_grad():
-            yield
-        self.unet = trained
-        if not self.before:
-            trained.enable_adapters()
+            if self.before:
+                yield dataclasses.replace(self, unet=self.before)
+            else:
+                self.unet.disable_adapters()
+                yield self
+                self.unet.enable_adapters()
 
 
 def ddim_scheduler(config: dict) -> DDIMScheduler:
@@ -229,8 +228,7 @@ def act(policy: Policy, x, s, context, noise=None, x_prev=None):
         out = policy.unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context.flatten(0, 1)).sample
     unconditional, conditional = out.float().chunk(2)  # [B, 4, h, w] each
     output = unconditional + policy.guidance_scale * (conditional - unconditional)
-    return ddim_step(output, x, alpha, alpha_prev, policy.schedule.prediction_type, noise=noise,
-                     prev_sample=x_prev)
+    return ddim_step(output, x, alpha, alpha_prev, policy.schedule.prediction_type, 1.0, noise, x_prev)
 
 
 # ------------------------------------------------------------------------------------ 2. the reward
@@ -351,9 +349,8 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range):
 def losses(policy: Policy, roll: Rollout, rows, s, clip_range=0.0, kl_weight=0.0):
     """Loss, importance ratio and drift [b] of pictures `rows` [b], each at a step s [b] of its own.
 
-    Held pictures have an advantage of 0, and on them alone the KL to the frozen policy acts: the others must
-    be free to move. Its factor 1 / (2 sigma^2) blows up at the end of the trajectory; without it, it is the
-    squared distance of two means: the drift, in units of predicted noise."""
+    The KL to the frozen policy acts on held pictures alone, less its factor 1 / (2 sigma^2), which blows up
+    in the end. The rest of it, a squared distance of two means in units of predicted noise, is the drift."""
     context, x, x_prev, old_log_prob, advantage, held = (
         v.to(policy.unet.device) for v in (
             roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
@@ -362,8 +359,8 @@ def losses(policy: Policy, roll: Rollout, rows, s, clip_range=0.0, kl_weight=0.0
     loss, ratio = policy_loss(log_prob, old_log_prob, advantage, clip_range or math.inf)
     drift = torch.zeros_like(loss)
     if held.any():
-        with policy.frozen():
-            mean_frozen = act(policy, x, s, context, x_prev=x_prev)[2]
+        with policy.frozen() as before:
+            mean_frozen = act(before, x, s, context, x_prev=x_prev)[2]
         drift = (mean - mean_frozen).square().mean(dim=(1, 2, 3)) / policy.schedule.gain * held
     return loss + kl_weight * drift, ratio, drift
 
@@ -373,7 +370,7 @@ def update(run: "Run", roll: Rollout) -> dict:
     Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, params = run.args, run.optimizer, run.optimizer.param_groups[0]["params"]
-    seen, norms, self_check, agreement = [torch.zeros(4, 0)], [], 0.0, 0.0
+    seen, norms, self_check, agreement = [], [], 0.0, 0.0
     clip_range = args.clip_range / roll.latents[0, 0].numel()  # of means over D, not sums
     finite(roll.advantage, "a reward")
     batches = torch.arange(len(roll.held)).split(args.micro_batch)
@@ -393,12 +390,11 @@ def update(run: "Run", roll: Rollout) -> dict:
             agreement = torch.cosine_similarity(half, rest, dim=0).item()
             self_check = (ratio[held == 0] - 1).abs().max().item()
             if self_check > clip_range and args.updates_per_step > 1:  # a single update is not clipped
-                fail(f"self-check failed: the unchanged policy scores its own rollout with ratios off by "
-                     f"{self_check:.1e}, over --clip-range; try --attention sdpa or --precision fp32", code=1)
+                fail(f"self-check failed: ratios of the unchanged policy are off by {self_check:.1e}, over "
+                     f"--clip-range; try --attention sdpa or --precision fp32", code=1)
         norms.append(torch.nn.utils.clip_grad_norm_(params, LOSS_SCALE).cpu() / LOSS_SCALE)
         finite(norms[-1], "the gradient")
         optimizer.step()
-    loss, ratio, drift, held = torch.cat(seen, dim=1)
     means = dict(drift=drift[held == 1], grad_norm=torch.tensor(norms),
                  clip_fraction=((ratio[held == 0] - 1).abs() > clip_range).float())
     return {k: v.mean().item() for k, v in means.items() if len(v)} | dict(
@@ -408,13 +404,11 @@ def update(run: "Run", roll: Rollout) -> dict:
 
 @torch.no_grad()
 def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
-    """The policy's means over sqrt(2) sigma, [n, 4, h, w], at a rewarded step of every other such picture:
-    the squared distance of two policies' is a KL in nats. In fp32 whatever --precision is: a changed weight
-    rounds every activation after it anew, which in bf16 alone looks like tens of nats at 512 px."""
+    """The policy's means over sqrt(2) sigma, [n, 4, h, w], at a step of every other rewarded picture: as a
+    squared distance, KL in nats. In fp32, as new weights round all anew: in bf16, 512 px, by tens of nats."""
     policy, means = dataclasses.replace(run.policy, autocast=nullcontext()), []
     low = [(p, p.dtype) for p in policy.unet.parameters() if p.dtype != torch.float32]
-    for p, _ in low:
-        p.data = p.data.float()
+    policy.unet.float()
     for rows in torch.arange(len(roll.held))[~roll.held][::2].split(run.args.micro_batch):
         x, s, context = (v.to(policy.unet.device) for v in (
             roll.latents[rows, roll.steps[rows, 0]], roll.steps[rows, 0], roll.context[:, rows]))
@@ -433,7 +427,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     start, learned = exact_means(run, roll), update(run, roll)
     for sizing in range(8):
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
-        moved.append(max(nats.item() * trainable(run.args), 1e-12))
+        moved.append(max(nats.nan_to_num(1e30, 1e30).item() * trainable(run.args), 1e-12))
         if moved[-1] <= 1.5 * wanted and (sizing > 2 or moved[-1] >= wanted / 1.5):
             break
         share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
@@ -459,8 +453,7 @@ class Run(NamedTuple):
     captions: torch.Tensor  # [N, d]: CLIP features of their safe captions
     eliciting: list[int]  # of the N
     benign: list[int]  # empty where none is held
-    clip: CLIPModel  # the reward's, with its processor
-    processor: CLIPProcessor
+    clip: tuple[CLIPModel, CLIPProcessor]  # the reward's
     nudenet: onnxruntime.InferenceSession
     optimizer: torch.optim.Optimizer
     worker: ThreadPoolExecutor  # one thread, in which NudeNet works
@@ -496,14 +489,14 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     roll = rollout(run, run.context[:, index], held, generators)
     clock.append(time.perf_counter())
     # judge: two scores a picture, each standardised in its group of K
-    clip = run.clip.to(run.policy.unet.device)  # it needs no GPU memory while the U-Net works
-    features = image_features(clip, run.processor, roll.images[~held]).cpu()  # [P * K, d]
-    clip.to("cpu")
+    run.clip[0].to(run.policy.unet.device)  # it needs no GPU memory while the U-Net works
+    features = image_features(*run.clip, roll.images[~held]).cpu()  # [P * K, d]
+    run.clip[0].to("cpu")
     clip_score = (features * run.captions[index[~held]]).sum(dim=1).view(-1, args.group_size)  # [P, K]
     nudity = roll.nudity.view(-1, args.group_size)  # [P, K]
-    weights = args.clip_weight, args.nudity_weight
-    advantages = group_advantages(clip_score, nudity, *weights)  # [P, K]
-    signal = group_advantages(clip_score, nudity, *weights, floor=2.0).square().mean().clamp(max=1).item()
+    scored = clip_score, nudity, args.clip_weight, args.nudity_weight
+    advantages = group_advantages(*scored)  # [P, K]
+    signal = group_advantages(*scored, floor=2.0).square().mean().clamp(max=1).item()
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
     rng = generator(args.seed, "timesteps", step)
@@ -512,12 +505,12 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(benign)))  # [B]
     learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), signal)
     clock.append(time.perf_counter())
-    sampled, judged, learnt = np.diff(clock).tolist()
-    return dict(
+    seconds = zip(("rollout", "reward", "update"), np.diff(clock).tolist(), strict=True)
+    return learned | {f"seconds_{name}": s for name, s in seconds} | dict(
         step=step, reward=(args.clip_weight * clip_score - args.nudity_weight * nudity).mean().item(),
         nudity_score=nudity.mean().item(), nudity_rate=(nudity > FIRES).float().mean().item(),
-        clip_score=clip_score.mean().item(), **learned, seconds_rollout=sampled, seconds_reward=judged,
-        seconds_update=learnt, peak_gpu_memory_mb=torch.cuda.max_memory_allocated() / 2**20)
+        clip_score=clip_score.mean().item(), clip_score_safe=clip_score[nudity <= FIRES].mean().item(),
+        peak_gpu_memory_mb=torch.cuda.max_memory_allocated() / 2**20)
 
 
 # ------------------------------------------------------------------------------------ 6. the run
@@ -528,41 +521,21 @@ def check(args: Args):
         lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails every comparison
         if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
-    if args.train_timesteps > trainable(args):
-        fail(f"--train-timesteps is over the {trainable(args)} that --denoise-steps and --train-until leave")
-    if args.updates_per_step > args.train_timesteps:
-        fail("--updates-per-step deals the trained timesteps out: it cannot exceed --train-timesteps")
+    if not args.updates_per_step <= args.train_timesteps <= trainable(args):
+        fail(f"--train-timesteps must be at least --updates-per-step, which share them, and at most "
+             f"{trainable(args)}, what --denoise-steps and --train-until leave")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
 
-def read_rows(path: str, *columns: str | None) -> list[tuple[int, str, str, bool, dict]]:
-    """[(row from 1, prompt, safe caption, whether it elicits, {column: cell})] of a prompt file; "" is none.
-    Of a text, lines with ' => ' elicit; of a table all rows do (tests/prompt_tables.py, where columns go)."""
-    rows = []
+def read_prompts(path: str, *columns: str | None) -> list[tuple[str, str, bool]]:
+    """[(prompt, safe caption, whether it elicits)] of a file that tests/prompt_tables.py can read."""
+    sys.path.append(str(HERE / "tests"))
+    from prompt_tables import read_rows
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = ["" if s.lstrip()[:1] == "#" else s for s in text.split("\n")]  # splitlines() cuts at more
-        first = next(filter(str.strip, lines), "").lower()
-        if Path(path).suffix != ".txt" or first[:1] in ("[", "{") or "prompt" in first:  # else not needed
-            sys.path.append(str(HERE / "tests"))
-            from prompt_tables import parse
-            lines = parse(text, Path(path).suffix.lower(), lines, *columns)
-        for i, row in enumerate(lines, 1):
-            if isinstance(row, str):
-                prompt, arrow, caption = map(str.strip, row.strip().partition(" => "))
-                if "=>" in prompt or "\0" in row:  # taken for a benign prompt it would be held
-                    raise ValueError(f"row {i}: '=>' needs a space and a text on both sides: {row.strip()}")
-                row = prompt, caption, bool(arrow), {}
-            rows.append((i, *row))
+        rows = [row for row in read_rows(path, *columns) if row[1]]
     except (OSError, ValueError) as error:
         fail(f"cannot read prompt file {path} as UTF-8: {error}")
-    return rows
-
-
-def read_prompts(path: str, *columns: str | None) -> list[tuple[str, str, bool]]:
-    """[(prompt, safe caption, whether it elicits)] to train on; exits where there is nothing to suppress."""
-    rows = [row for row in read_rows(path, *columns) if row[1]]
     if bare := [i for i, _, caption, elicits, _ in rows if elicits and not caption]:
         fail(f"prompt file {path}, row {bare[0]} has no safe caption to train on: see --caption-column")
     if not any(elicits for *_, elicits, _ in rows):
@@ -663,11 +636,10 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
     captions = caption_features(clip, processor, [c for _, c, _ in pairs]).cpu()
-    unet, session = pipe.unet, load_nudenet()
-    attention = pick_attention(unet, args.attention)
+    attention, unet = pick_attention(pipe.unet, args.attention), pipe.unet
     schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
-    autocast = torch.autocast(device, dtype, enabled=args.precision != "fp32")
-    policy = Policy(unet, schedule, args.guidance_scale / 1.5, autocast,
+    policy = Policy(unet, schedule, args.guidance_scale / 1.5,
+                    torch.autocast(device, dtype, enabled=args.precision != "fp32"),
                     copy.deepcopy(unet).to(dtype) if benign and not args.lora_rank else None)
     torch.manual_seed(args.seed)  # for the LoRA's initial weights
     make_trainable(unet, args.lora_rank)
@@ -677,8 +649,8 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     print(f"attention {attention}, {args.precision}, {sum(p.numel() for p in trained):,} trained parameters")
     optimizer = (AdamW8bit if args.optimizer_8bit else torch.optim.AdamW)(trained)
     optimizer.param_groups[0]["rate"] = args.learning_rate
-    return Run(args, settings, policy, pipe.vae, context, captions, eliciting, benign, clip.to("cpu"),
-               processor, session, optimizer, ThreadPoolExecutor(1))
+    return Run(args, settings, policy, pipe.vae, context, captions, eliciting, benign,
+               (clip.to("cpu"), processor), load_nudenet(), optimizer, ThreadPoolExecutor(1))
 
 
 def write_atomically(path: Path, write):
@@ -741,8 +713,7 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         try:
             if bad := zipfile.ZipFile(path).testzip():  # a flipped bit, which torch.load does not notice
                 raise ValueError(f"wrong checksum of {bad}")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            then = state["settings"]
+            then = (state := torch.load(path, map_location="cpu", weights_only=True))["settings"]
         except Exception as error:  # whatever zipfile and torch make of damaged bytes, or of a failing disk
             print(f"checkpoint {path} is damaged ({error!r}): looking for the one before it")
             continue
@@ -755,19 +726,17 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
 
 
 def what_to_tell(metrics: list[dict]) -> str:
-    """What a person should hear now: that there is nothing to learn from or, every 20 steps, that nothing was
-    learned from what there is. Empty where all is well."""
+    """That there is nothing to learn from or, every 20 steps, that nothing was learned; else empty."""
     last = [m for m in metrics[-20:] if "skipped" not in m]
-    if len(metrics) == 1 == len(last) and last[0]["signal"] < 0.2 and last[0]["nudity_rate"] in (0, 1):
-        return (f"nothing to learn from: {'every' if last[0]['nudity_rate'] else 'no'} picture of the first "
-                f"rollout shows what --labels name. Other --prompts, --labels or --model?")
-    table = np.array([[m[k] for k in ("reward", "signal", "gradient_agreement", "kl_share")] for m in last])
-    if len(metrics) % 20 or len(last) < 20 or table[10:, 0].mean() > table[:10, 0].mean() + 0.01:
-        return ""
-    signal, agreement, share = table[:, 1:].mean(axis=0)
-    return "" if signal < 0.3 else (
-        f"20 steps with signal {signal:.2f} did not move the reward: more --prompts-per-step if the "
-        f"gradient's halves disagree ({agreement:.2f}), less --kl-weight if its share is large ({share:.2f})")
+    reward, signal, agreement, share, rate = (np.array([m[k] for m in last]) for k in (
+        "reward", "signal", "gradient_agreement", "kl_share", "nudity_rate"))  # [n] each
+    if len(metrics) == 1 == len(last) and signal[0] < 0.2 and rate[0] in (0, 1):
+        return (f"nothing to learn from: {'every' if rate[0] else 'no'} picture of the first rollout shows "
+                "what --labels name; other --prompts, --labels or --model?")
+    learned = len(last) < 20 or reward[10:].mean() > reward[:10].mean() + 0.01
+    return "" if len(metrics) % 20 or learned or signal.mean() < 0.3 else (
+        f"20 steps with signal {signal.mean():.2f} did not raise the reward: gradient_agreement "
+        f"{agreement.mean():.2f} (more --prompts-per-step?), kl_share {share.mean():.2f} (less --kl-weight?)")
 
 
 def go_on(run: Run, metrics: list[dict], out: Path):
@@ -798,7 +767,7 @@ def train(args: Args):
     pairs, out = read_prompts(args.prompts, args.prompt_column, args.caption_column), Path(args.out)
     settings = dataclasses.asdict(args) | {"prompts": pairs}  # the file may move, or change
     state, device = open_run(args, settings, out), "cuda" if torch.cuda.is_available() else "cpu"
-    why = "given" if any(a.startswith("--model") for a in sys.argv) else f"the default on {device}"
+    why = "given" if "--model" in str(sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
     try:
         run = set_up(args, settings, device)

@@ -125,8 +125,7 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
         pipe.unet.enable_gradient_checkpointing()
     adamw = sd.AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
     optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
-    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, None, optimizer,
-                  torch.amp.GradScaler(device, enabled=args.precision == "fp16"), None)
+    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, optimizer, None)
 
 
 def draw_all(run: sd.Run, generators) -> sd.Rollout:

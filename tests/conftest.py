@@ -45,7 +45,7 @@ def a_run(pipe, prompts=("an astronaut",), rank=4, optimizer=None, **changes):
     sd.make_trainable(pipe.unet, rank)
     trained = [p for p in pipe.unet.parameters() if p.requires_grad]
     context = sd.encode_prompts(pipe, prompts)
-    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, None,
+    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None,
                   (optimizer or torch.optim.SGD)(trained, lr=0.0), None)
 
 

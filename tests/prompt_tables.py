@@ -1,12 +1,13 @@
-"""The tables of prompts that others publish: CSV, TSV, JSON and JSON Lines, told by what a file holds.
+"""Prompt files for training and evaluation alike: plain text, and the tables that others publish (CSV, TSV,
+JSON, JSON Lines), told by what a file holds.
 
-For shielddiff.read_rows, which reads plain text itself: so training and evaluation read one file alike. What
-would be read wrong is a ValueError that names the row, from 1; a header and blank lines do not count.
+What would be read wrong is a ValueError that names the row, from 1; a header and blank lines do not count.
 """
 import csv
 import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 # of public files, the likeliest first; the last four are also words of prompts and make no table of a .txt
 PROMPT_COLUMNS = ("adv_prompt", "adversarial_prompt", "sensitive_prompt", "unsafe_prompt", "prompt",
@@ -70,6 +71,22 @@ def table_rows(text: str, suffix: str) -> Iterable[str | dict] | None:
     delimiter = max(headers, key=lambda d: (bool({*headers[d]} & {*PROMPT_COLUMNS}), len(headers[d])))
     if suffix in (".csv", ".tsv") or find_column(PROMPT_COLUMNS[:-4], headers[delimiter]):
         return csv_rows(lines[lines.index(first) + 1:], headers[delimiter], delimiter)
+
+
+def read_rows(path: str, *columns: str | None) -> list[tuple[int, str, str, bool, dict]]:
+    """[(row from 1, prompt, safe caption, whether it elicits, {column: cell})] of a prompt file; "" is none.
+    Of a text, lines with ' => ' elicit; of a table all rows do. columns: as in parse. Raises OSError, and
+    ValueError for what would be read wrong."""
+    text, rows = Path(path).read_text(encoding="utf-8-sig"), []
+    lines = ["" if line.lstrip()[:1] == "#" else line for line in text.split("\n")]  # no splitlines()
+    for i, row in enumerate(parse(text, Path(path).suffix.lower(), lines, *columns), 1):
+        if isinstance(row, str):
+            prompt, arrow, caption = map(str.strip, row.strip().partition(" => "))
+            if "=>" in prompt or GAP in row:  # taken for a benign prompt it would be held
+                raise ValueError(f"row {i}: '=>' needs a space and a text on both sides: {row.strip()}")
+            row = prompt, caption, bool(arrow), {}
+        rows.append((i, *row))
+    return rows
 
 
 def parse(text: str, suffix: str, lines: list[str], prompt_column: str | None = None,

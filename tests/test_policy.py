@@ -308,8 +308,8 @@ def test_the_frozen_policy_is_the_one_before_training_without_a_gradient_and_onl
     if whole:
         policy.before = plain.unet
     expected, now = (sd.act(p, x, s, context, x_prev=x)[2] for p in (plain, policy))
-    with policy.frozen():
-        frozen = sd.act(policy, x, s, context, x_prev=x)[2]
+    with policy.frozen() as before:
+        frozen = sd.act(before, x, s, context, x_prev=x)[2]
     torch.testing.assert_close(frozen, expected)
     assert not frozen.requires_grad and (now - frozen).abs().max() > 1e-3
     after = sd.act(policy, x, s, context, x_prev=x)[2]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import ROOT, train
-from prompt_tables import values_of
+from prompt_tables import read_rows, values_of
 from test_eval_numbers import NOT_FIRED
 
 import eval as ev
@@ -59,7 +59,7 @@ def rows_of(path, **changes):
 def test_the_shapes_of_public_prompt_files(name, tmp_path):
     text, prompts, *captions = SHAPES[name]
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    rows = sd.read_rows(str(tmp_path / name))
+    rows = read_rows(str(tmp_path / name))
     assert [row[1] for row in rows if row[1] or row[-1]] == prompts
     assert [row[2] for row in rows if row[1] or row[-1]] == (captions[0] if captions else [""] * len(prompts))
     assert all(row[3] == (bool(row[2]) if not row[-1] else True) for row in rows)
