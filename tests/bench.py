@@ -69,7 +69,7 @@ class Bench:
 
 # ------------------------------------------------------------------------------------ models
 def tiny_args(**changes) -> sd.Args:
-    return sd.Args(**sd.TINY | dict(learning_rate=5e-3) | changes)
+    return sd.Args(**sd.TINY | changes)
 
 
 def sd15(dtype) -> StableDiffusionPipeline:
@@ -377,7 +377,9 @@ def faithful_ddpo():
         current[:] = chosen or current  # the benign ones, of which it has none, are asked for last
         return chosen
 
-    def advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0):
+    def advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0, floor=1.0):
+        if floor > 1:  # asked for the signal, which it does not use
+            return torch.ones(1)
         rewards = clip_weight * clip_scores - nudity_weight * nudity  # [P, K]
         result = torch.empty_like(rewards)
         for i, prompt in enumerate(current):
@@ -388,7 +390,7 @@ def faithful_ddpo():
 
     def constant_rate(run, roll, signal):
         run.optimizer.param_groups[0]["lr"] = run.args.learning_rate
-        return sd.update(run, roll)
+        return sd.update(run, roll) | dict(signal=signal)
 
     return dict(nudity_scores=detected, prompts_of_step=prompts_of_step, group_advantages=advantages,
                 sized_update=constant_rate)
