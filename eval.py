@@ -792,11 +792,12 @@ def open_folder(out: Path, protocol: dict):
         fail(f"output folder {out} is in use by something else: name another with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(out / ".lock", blocking=False):
-            write_atomically(path, lambda p: p.write_text(text))
-            yield
-    except OSError as error:  # filelock's, too
+        alone = filelock.FileLock(out / ".lock", blocking=False).acquire()
+    except OSError as error:  # filelock's Timeout, too
         fail(f"cannot write to {out}: {error} (another evaluation at work there?)")
+    with alone:
+        write_atomically(path, lambda p: p.write_text(text))
+        yield
 
 
 def read_sets(args: Args, size: int, notes: dict) -> dict[str, tuple[str, list[Row]]]:
