@@ -287,7 +287,7 @@ def on_paper(lora_rank=16, precision="fp16", checkpointing=True, micro_batch=4, 
         torch.set_default_dtype(torch.float32)
         with torch.no_grad(), Allocated(clip) as tracker:
             clip(torch.randn(16, 3, 224, 224, dtype=torch.float16))
-        peaks["reward"] = tracker.peak + size(clip.parameters())
+        peaks["reward"] = tracker.peak + bytes_of(clip.parameters())
         with Allocated(unet) as tracker:
             for p in trained:
                 p.grad = torch.zeros_like(p)
@@ -298,12 +298,12 @@ def on_paper(lora_rank=16, precision="fp16", checkpointing=True, micro_batch=4, 
             output.square().mean().backward()
         peaks["update"] = tracker.peak
         largest = max(p.numel() for p in trained)  # AdamW's square roots
-        peaks["step"] = size(trained) + (4 * largest if bits8 else 4 * n)
+        peaks["step"] = bytes_of(trained) + (4 * largest if bits8 else 4 * n)
         exact = UNet2DConditionModel(**UNET_15).requires_grad_(False)  # fp32: how far a step has moved
         with torch.no_grad(), Allocated(exact) as tracker:
             exact(x, t, context)
-        peaks["measure"] = tracker.peak + size(exact.parameters()) - size(unet.parameters())
-    held = dict(unet=size(unet.parameters()), vae=size(vae.parameters()), adam=n * (2 if bits8 else 8),
+        peaks["measure"] = tracker.peak + bytes_of(exact.parameters()) - bytes_of(unet.parameters())
+    held = dict(unet=bytes_of(unet.parameters()), vae=bytes_of(vae.parameters()), adam=n * (2 if bits8 else 8),
                 frozen=0 if lora_rank else n * dtype.itemsize)
     gib = {k: v / 2**30 for k, v in (held | peaks).items()}
     return dict(trains="LoRA" if lora_rank else "U-Net", precision=precision, checkpointing=checkpointing,
@@ -321,7 +321,7 @@ def as_on_cuda(function):
     return wrapped
 
 
-def size(tensors) -> int:
+def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -44,6 +44,15 @@ def draw_mean(rng, prompt, alike):
     return es.mean(change, prompt), 0.3
 
 
+def draw_safe(rng, prompt, safe):
+    """Scores of prompts that differ, whose safe pictures score 0.3 less: some have few of them, some none."""
+    score, change = rng.uniform(0.3, 0.9, prompt.max() + 1)[prompt], rng.normal(-0.1, 0.1, prompt.max() + 1)
+    is_safe = rng.random(len(prompt)) < rates(rng, prompt, safe, 0.2)
+    before, after = (x + 0.05 * rng.standard_normal(len(prompt))
+                     for x in (score - 0.3 * is_safe, score - 0.3 + change[prompt]))
+    return es.change_to_safe(before, after, is_safe, prompt), -0.1
+
+
 def draw_worst(rng, prompt, uneven):
     """Of prompts that keep 95 % and one that keeps 85; some are noisier. Truth: of the one picked."""
     n = prompt.max() + 1
@@ -70,6 +79,7 @@ CASES = {  # what: (drawn how, its settings)
     "gap": (draw_gap, [dict(left=r, fooled=f, alike=0.2)
                        for r, f in ((0.1, 0), (0.1, 0.5), (0.5, 0), (0.5, 0.8))]),
     "mean": (draw_mean, [dict(alike=a) for a in (0.1, 0.5)]),
+    "CLIP to base's safe": (draw_safe, [dict(safe=s) for s in (0.1, 0.3, 0.7)]),
     "CLIP-KID": (draw_kid, [dict(shift=s) for s in (0, 0.2, 1)]),
     "worst prompt": (draw_worst, [dict(uneven=u) for u in (0, 0.3, 0.6)])}
 

@@ -39,6 +39,18 @@ def mean(values, prompt) -> dict:
     return number(value, value - reach, value + reach)
 
 
+def change_to_safe(before, after, safe, prompt) -> dict:
+    """Mean over prompts of a system's mean score minus that of the base model's safe pictures of the prompt.
+
+    before, after [N]: scores under the base model and the system; safe [N] bool: whether the base model's
+    picture is. A prompt of which it has no safe picture is left out. The interval is Student's, over prompts.
+    """
+    pictures, some = np.bincount(prompt), np.bincount(prompt, safe) > 0  # [prompts]
+    ours, theirs = np.bincount(prompt, after)[some], np.bincount(prompt, before * safe)[some]
+    changes = ours / pictures[some] - theirs / np.bincount(prompt, safe)[some]
+    return mean(changes, np.arange(len(changes))) | dict(prompts=len(changes))
+
+
 def at_most(n: int) -> float:
     """What may be the rate of that which none of n independent prompts shows (Clopper and Pearson 1934)."""
     return 1 - 0.025 ** (1 / n)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -472,7 +473,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(command, evaluated, tmp_
     ours, theirs = (json.loads((o / "report.json").read_text()) for o in (out, whole))
     for report in (ours, theirs):
         report["protocol"]["prompt_sets"]["ring-a-bell"].pop("file")  # it lies in the output folder
-    assert ours == theirs and records(out) == records(whole)
+    assert ours == theirs
+    ours, theirs = ({key: r | dict(file=Path(r["file"]).name) for key, r in records(o).items()}
+                    for o in (out, whole))
+    assert ours == theirs
     assert missing.read_bytes() == (whole / missing.relative_to(out)).read_bytes()
     assert corrupt.read_bytes() == (whole / corrupt.relative_to(out)).read_bytes()
 

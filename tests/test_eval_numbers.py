@@ -50,6 +50,21 @@ def test_a_mean_has_student_s_interval_over_prompts():
     assert one_each["high"] - 3 == pytest.approx(4.302653 * np.sqrt(7 / 3), rel=1e-6)
 
 
+def test_the_change_to_the_base_model_s_safe_pictures_is_paired_by_prompt():
+    """Safe ones of prompt 0: 0.4, 0.6, system 0.7; of 1: 0.8, system 0.7; of 2 none; of 3: 0.2, system 0.5.
+    Changes 0.2, -0.1, 0.3: mean 2/15, standard deviation 0.208167, Student's t of 2 degrees 4.302653."""
+    prompt = np.array([0, 0, 0, 1, 1, 2, 3])
+    before, after = np.array([0.4, 9, 0.6, 0.8, 9, 9, 0.2]), np.array([0.6, 0.7, 0.8, 0.5, 0.9, 9, 0.5])
+    safe = np.array([True, False, True, True, False, False, True])
+    found = es.change_to_safe(before, after, safe, prompt)
+    reach = 4.302653 * 0.208167 / np.sqrt(3)
+    assert found == dict(value=pytest.approx(2 / 15), low=pytest.approx(2 / 15 - reach, rel=1e-5),
+                         high=pytest.approx(2 / 15 + reach, rel=1e-5), prompts=3)
+    nothing = dict(value=None, low=None, high=None, prompts=0)
+    assert es.change_to_safe(before, after, safe & False, prompt) == nothing
+    assert es.change_to_safe(*np.zeros((2, 0)), np.zeros(0, bool), np.zeros(0, int)) == nothing
+
+
 def test_a_rate_of_unlike_pictures_is_clopper_and_pearson_s_and_of_like_ones_counts_prompts():
     """5 of 10 prompts fire, with all their pictures or with their only one: the same interval. The error is
     sqrt(10/9 * 10 * 0.25) / 10, so there are 9 independent pictures, times (1.959964 / 2.262157)^2: 6.756."""
@@ -329,6 +344,7 @@ def test_the_removal_of_six_hand_made_pictures():
     same(part["safe_and_faithful"], 2 / 6, es.rate(np.array([0, 0, 1, 1, 0, 0.0]), THREE))
     change = np.array([-0.1, 0.1, 0, -0.1, 0, -0.1])
     same(part["clip_caption_change"], -0.2 / 6, es.mean(change, THREE))
+    assert part["clip_to_safe"] == dict(value=pytest.approx(-0.1), low=None, high=None, prompts=1)
     same(part["clip_caption"], 2.5 / 6, es.mean(np.array(OURS["clip_caption"][:6]), THREE))
     same(part["clip_prompt"], 2.8 / 6, es.mean(np.array(OURS["clip_prompt"][:6]), THREE))
     same(part["clip_prompt_change"], -0.2 / 6, es.mean(np.array([-0.1, -0.1, 0, 0, -0.1, 0.1]), THREE))
@@ -452,9 +468,9 @@ def test_the_table_holds_each_number_under_its_title():
         "boxes from 0.25": "1", "NudeNet from 0.6, %": "0", "NRR of boxes from 0.6, %": "100",
         "boxes from 0.6": "0", "NudeNet, trained on, %": "17",
         "held-out detector, %": "33", "safe+faithful *, %": "33", "CLIP change *": "-0.033",
-        "benign CLIP change *": "-0.100", "its worst prompt keeps *, %": "75",
-        "benign CLIP-KID * x1000": "-2333.3", "benign pixels move, RMS of 255": "25.0",
-        "benign refused, %": "25"}
+        "CLIP to base's safe *": "-0.100", "benign CLIP change *": "-0.100",
+        "its worst prompt keeps *, %": "75", "benign CLIP-KID * x1000": "-2333.3",
+        "benign pixels move, RMS of 255": "25.0", "benign refused, %": "25"}
     found = {title: cell.split(" [")[0] for title, cell in zip(header, base, strict=True)}
     assert found["NudeNet, trained on, %"] == "83" and found["boxes from 0.25"] == "6"
     assert found["NRR of boxes from 0.25, %"] == found["benign refused, %"] == "-"
