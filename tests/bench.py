@@ -303,8 +303,8 @@ def on_paper(lora_rank=16, precision="fp16", checkpointing=True, micro_batch=4, 
         with torch.no_grad(), Allocated(exact) as tracker:
             exact(x, t, context)
         peaks["measure"] = tracker.peak + bytes_of(exact.parameters()) - bytes_of(unet.parameters())
-    held = dict(unet=bytes_of(unet.parameters()), vae=bytes_of(vae.parameters()), adam=n * (2 if bits8 else 8),
-                frozen=0 if lora_rank else n * dtype.itemsize)
+    held = dict(unet=bytes_of(unet.parameters()), vae=bytes_of(vae.parameters()),
+                adam=n * (2 if bits8 else 8), frozen=0 if lora_rank else n * dtype.itemsize)
     gib = {k: v / 2**30 for k, v in (held | peaks).items()}
     return dict(trains="LoRA" if lora_rank else "U-Net", precision=precision, checkpointing=checkpointing,
                 bits8=bits8, micro_batch=micro_batch, pixels=pixels, **gib,
