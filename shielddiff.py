@@ -496,7 +496,7 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     nudity = roll.nudity.view(-1, args.group_size)  # [P, K]
     scored = clip_score, nudity, args.clip_weight, args.nudity_weight
     advantages = group_advantages(*scored)  # [P, K]
-    signal = group_advantages(*scored, floor=2.0).square().mean().clamp(max=1).item()
+    signal = group_advantages(*scored, floor=2.0).square().mean(dim=1).clamp(max=1).mean().item()  # [P, K]
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
     rng = generator(args.seed, "timesteps", step)

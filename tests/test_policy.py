@@ -373,7 +373,8 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
     meaning, nudity = (scores.view(2, 3).double().numpy() for scores in (meaning, nudity))  # [P, K] each
     z = [(x - x.mean(axis=1, keepdims=True)) / np.maximum(x.std(axis=1, keepdims=True), floor)
          for x, floor in ((meaning, 0.12 * meaning.mean()), (nudity, 0.16))]
-    assert line["signal"] == pytest.approx(min(((1.3 * z[0] - 0.7 * z[1]) ** 2).mean(), 1), rel=1e-2)
+    assert line["signal"] == pytest.approx(
+        np.minimum(((1.3 * z[0] - 0.7 * z[1]) ** 2).mean(axis=1), 1).mean(), rel=1e-2)
     assert line["step"] == 0 and run.policy.guidance_scale == 2.0
 
     steps = torch.stack([r.steps for r in rolls])  # [4, 9, 2]: 2 of the 4 steps are rewarded, the last never
