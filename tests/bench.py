@@ -5,7 +5,7 @@
     python tests/bench.py --sections target                # ours against a faithful DDPO: an hour on a CPU
     python tests/bench.py --sections memory cost           # SD 1.5 at 512 px on paper: no GPU, no download
     python tests/bench.py --sections coverage              # how often eval.py's intervals hold the truth
-    python tests/bench.py --sections size                  # eval.py's results of 30,000 prompts: give it alone
+    python tests/bench.py --sections size                  # eval.py's results of 30,000 prompts, alone
     python tests/bench.py --sections sd15 --model DIR      # only write that random pipeline to DIR
 """
 import contextlib
