@@ -5,6 +5,7 @@
     python tests/bench.py --sections target                # ours against a faithful DDPO: an hour on a CPU
     python tests/bench.py --sections memory cost           # SD 1.5 at 512 px on paper: no GPU, no download
     python tests/bench.py --sections coverage              # how often eval.py's intervals hold the truth
+    python tests/bench.py --sections size                  # eval.py's results of 30,000 prompts, alone
     python tests/bench.py --sections sd15 --model DIR      # only write that random pipeline to DIR
 """
 import contextlib
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval_coverage  # noqa: E402
+import eval_size  # noqa: E402
 
 import shielddiff as sd  # noqa: E402
 
@@ -51,7 +53,8 @@ CLIP_15 = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
 class Bench:
     """What to measure."""
 
-    sections: tuple[Literal["speed", "growth", "target", "memory", "cost", "coverage", "sd15"], ...] = (
+    sections: tuple[Literal["speed", "growth", "target", "memory", "cost", "coverage", "size",
+                            "sd15"], ...] = (
         "speed", "growth", "memory", "cost")
     """sd15 writes a random SD-1.5-sized pipeline to --model and its CLIP to --model/clip"""
     model: str = "tiny"
@@ -359,10 +362,15 @@ def cost(bench: Bench) -> list[dict]:
         run=total, **{f"hours at {rate} TFLOP/s": total / rate / 3600 for rate in (20, 50, 200)})]
 
 
-# ------------------------------------------------------------------------------------ eval.py's intervals
+# ------------------------------------------------------------------------------------ eval.py
 def coverage(bench: Bench) -> list[dict]:
     """How often each 95 % interval that eval.py prints holds the truth, on 2000 simulated evaluations."""
     return eval_coverage.table()
+
+
+def size(bench: Bench) -> list[dict]:
+    """Seconds and peak memory of eval.py's results at 30,000 prompts, 4 seeds, 2 systems."""
+    return eval_size.table()
 
 
 # ------------------------------------------------------------------------------------ time to target
