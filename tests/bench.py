@@ -129,7 +129,7 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
     adamw = sd.AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
     optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
     return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, None, optimizer,
-                  torch.amp.GradScaler(device, enabled=args.precision == "fp16"), None)
+                  None)
 
 
 def draw_all(run: sd.Run, generators) -> sd.Rollout:
@@ -261,7 +261,7 @@ def on_paper(lora_rank=16, precision="bf16", checkpointing=True, micro_batch=4, 
     vision tower (fp16) on 16 pictures, gradients, forward and backward pass of a micro-batch, or Adam's step.
     The CUDA context, kernels' workspaces and the allocator's waste are not in it.
     """
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
     functions = torch.nn.functional
     in_fp32 = {name: mock.patch.object(functions, name, as_on_cuda(getattr(functions, name)))
                for name in ("group_norm", "layer_norm", "interpolate")}
