@@ -197,7 +197,7 @@ def test_the_kohya_file_has_the_names_of_web_uis_and_draws_the_same_in_diffusers
     layer = rf"lora_unet_{block}_attn[12]_to_(q|k|v|out_0)"
     assert all(re.fullmatch(rf"{layer}\.(alpha|lora_(down|up)\.weight)", k) for k in kohya)
     assert len(kohya) == 1.5 * len(ours)
-    rank = sd.TINY["lora_rank"]
+    rank = sd.Args(**sd.TINY).lora_rank
     assert all(v.item() == rank for k, v in kohya.items() if k.endswith("alpha"))
     assert all(v.shape[0] == rank for k, v in kohya.items() if "lora_down" in k)
     assert all(v.shape[1] == rank for k, v in kohya.items() if "lora_up" in k)
