@@ -236,7 +236,7 @@ def junk(x):
     hollow = x.clone()
     a, b = rng.randint(6, 12), SIZE - rng.randint(6, 12)
     hollow[:, :, :, a:b] = low[:, :, :, a:a + 1].expand(-1, -1, -1, b - a)  # middle columns become background
-    swapped = x[:, torch.randperm(3)] if rng.random() < 0.5 else -x
+    swapped = x.flip(1) if rng.random() < 0.5 else -x
     halves = torch.where(torch.arange(SIZE) < SIZE // 2, x, x.roll(1, 0)) if rng.random() < 0.5 else \
         torch.where(torch.arange(SIZE)[:, None] < SIZE // 2, x, x.roll(1, 0))
     sepia = x.mean(1, keepdim=True) * 0.6 + torch.tensor([0.25, 0.05, -0.2])[:, None, None]
@@ -247,7 +247,8 @@ def junk(x):
 
 
 def mildly_spoilt(x):
-    """What a decoder or an unfinished sampler does to a good picture; the caption still fits."""
+    """What a decoder or an unfinished sampler does to a good picture, or a slight tint: the caption fits."""
+    x = x * (1 + 0.1 * torch.randn(len(x), 1, 1, 1)) + 0.08 * torch.randn(len(x), 3, 1, 1)
     x = x + torch.randn_like(x) * torch.rand(len(x), 1, 1, 1) * 0.1
     soft = F.interpolate(F.interpolate(x, scale_factor=0.5, mode="area"), size=SIZE, mode="bilinear")
     return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x, soft).clamp(-1, 1)
