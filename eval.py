@@ -821,8 +821,9 @@ def load_model(args: Args, device: str):
     pipe.scheduler = protocols.scheduler_of(args.scheduler, pipe.scheduler)
     with one_line(f"take {args.steps} --steps (take fewer)"):
         pipe.scheduler.set_timesteps(args.steps)
-        if max(args.steps, pipe.scheduler.timesteps.max() + 1) > pipe.scheduler.config.num_train_timesteps:
-            raise ValueError("an offset leads past the last of the model's timesteps")
+        n = pipe.scheduler.config.num_train_timesteps
+        if max(args.steps, pipe.scheduler.timesteps.max() + 1) > n:  # its config may have an offset
+            raise ValueError(f"they lead past the last of the model's {n} timesteps")
     eval_systems.refuse_inputs(pipe.unet.config, pipe.text_encoder.config.hidden_size, f"model {args.model}")
     return pipe
 
