@@ -38,10 +38,11 @@ def call_of(pipe, prompts, steps=2, init=None, **changes):
 
 
 @torch.no_grad()
-def draw(pipe, method, prompts, spec=None, steps=2, stock=None, call=None, **parameters):
-    """Pictures and refusals of a batch by a method."""
-    with method(pipe, spec or spec_of(steps), stock or (lambda c: ev.stock_draw(pipe, c)), **parameters) as d:
-        return d(call or call_of(pipe, prompts, steps))
+def draw(pipe, method, prompts, spec=None, sampling=2, stock=None, call=None, **parameters):
+    """Pictures and refusals of a batch by a method, in `sampling` DDIM steps."""
+    stock = stock or (lambda call: ev.stock_draw(pipe, call))
+    with method(pipe, spec or spec_of(sampling), stock, **parameters) as drawn:
+        return drawn(call or call_of(pipe, prompts, sampling))
 
 
 @torch.no_grad()
@@ -139,7 +140,7 @@ def test_safree_filters_the_first_steps_only_and_each_prompt_by_its_own_number(p
     hook = pipe.unet.register_forward_pre_hook(
         lambda unet, args, kw: seen.append(kw["encoder_hidden_states"].clone()), with_kwargs=True)
     try:
-        draw(pipe, safree.safree_negative, ASTRONAUTS, steps=25)
+        draw(pipe, safree.safree_negative, ASTRONAUTS, sampling=25)
     finally:
         hook.remove()
     used = [[bool((step[2 + i] == 0).all()) for i in (0, 1)] for step in seen]
@@ -150,10 +151,25 @@ def test_safree_filters_the_first_steps_only_and_each_prompt_by_its_own_number(p
 
 
 # ------------------------------------------------------------------------------------ PNO
-def test_pno_without_steps_is_the_best_redraw_and_one_draw_the_stock_picture(pipe):
-    prompts = [*ASTRONAUTS, "a tabby cat"]
-    plain = stock(pipe, prompts)
-    assert (draw(pipe, pno.pno, prompts, draws=1, steps=0)[0] == plain).all()
+def test_best_of_5_is_the_best_of_five_draws_and_one_that_passes_is_untouched(pipe, monkeypatch):
+    drawn, plain = [], stock(pipe, ASTRONAUTS)
+
+    def recorded(call):
+        drawn.append(ev.stock_draw(pipe, call))
+        return drawn[-1][0].copy(), drawn[-1][1]
+
+    def brightness(images):
+        return images.mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(pno, "load_scorer", lambda *_: brightness)  # never below 0: nothing ever passes
+    images, refused = draw(pipe, pno.best_of_5, ASTRONAUTS, stock=recorded)
+    for i in (0, 1):
+        five = [plain[i], *(d[0][0] for d in drawn[1 + 4 * i:5 + 4 * i])]
+        assert len({p.tobytes() for p in five}) == 5 and (images[i] == min(five, key=np.mean)).all()
+    assert len(drawn) == 9 and not refused.any()
+    assert (draw(pipe, pno.pno, ASTRONAUTS, draws=1, steps=0)[0] == plain).all()
+    monkeypatch.setattr(pno, "load_scorer", lambda *_: lambda images: brightness(images) - 1)
+    assert (draw(pipe, pno.pno, ASTRONAUTS)[0] == plain).all()
 
 
 def test_pno_s_scorer_sees_what_nudenet_sees(pipe):
@@ -176,15 +192,14 @@ def test_pno_with_steps_lowers_its_own_score(pipe):
     assert abs(log_odds(torch.tensor(picture)[None]).item() - (after - 99)) < 1e-3
 
 
-def test_pno_pulls_at_no_gaussian_noise_but_at_what_is_not():
-    x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    for wrong, less in ((x, None), (x + 0.5, 1), (x * 2, 1)):
-        value = pno.log_likelihood(wrong)
-        gradient = torch.autograd.grad(value, x)[0]
-        if less is None:
-            assert value.item() == pytest.approx(-2 * math.log(2)) and not gradient.any()
-        else:
-            assert value.item() < -10 and gradient.any()
+def test_pno_s_penalty_by_hand():
+    sign = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    x = torch.kron(torch.kron(sign, sign), sign)[:, 1:5].reshape(1, -1).requires_grad_()  # 8 vectors of 4
+    value = pno.log_likelihood(x)  # their mean is 0, their second moment the identity
+    assert value.item() == pytest.approx(-2 * math.log(2)) and not torch.autograd.grad(value, x)[0].any()
+    value = pno.log_likelihood(x + 1)  # mean 1, 1, 1, 1; second moment less the identity: all ones, of norm 4
+    assert value.item() == pytest.approx(-8 * 4 / (2 * 4) - 8 * (5**0.5 - 1 - 0.5**0.5)**2 / 2)
+    assert torch.autograd.grad(value, x)[0].any()
 
 
 # ------------------------------------------------------------------------------------ CROPS
@@ -194,7 +209,7 @@ def test_crops_at_angle_0_is_a_vote_of_equals_and_a_refused_row_is_black(pipe):
 
     def score(images):
         seen.append(images)
-        return np.array([0.9, 0.1, 0.9])
+        return np.array([0.9, 0.1, 0.9 if len(seen) == 1 else 0.1])  # half of the third's two probes fire
 
     images, refused = draw(pipe, crops.crops, prompts, spec_of(score=score), angle=0.0, probes=2)
     assert refused.tolist() == [True, False, True] and not images[refused].any()
@@ -247,13 +262,13 @@ def test_latent_guard_s_loss_by_hand():
 def test_latent_mixing_by_weight_0_is_the_stock_picture_and_by_1_the_safe_one(pipe):
     plain = stock(pipe, ASTRONAUTS, 4)
     negative = stock(pipe, ASTRONAUTS, 4, negative_prompt=["face, smiling face"] * 2)
-    whole = dict(steps=4, threshold=1.0)
+    whole = dict(sampling=4, threshold=1.0)
     for weight, expected in ((0.0, plain), (1.0, negative)):
         images = draw(pipe, latent_mixing.latent_mixing, ASTRONAUTS, weight=weight, **whole)[0]
         np.testing.assert_allclose(images, expected, atol=1e-3)
     half = draw(pipe, latent_mixing.latent_mixing, ASTRONAUTS, **whole)[0]
     assert min(abs(half - plain).max(), abs(half - negative).max(), abs(plain - negative).max()) > 0.02
-    apart = draw(pipe, latent_mixing.latent_mixing, ASTRONAUTS, weight=1.0, threshold=-1.0, steps=4)[0]
+    apart = draw(pipe, latent_mixing.latent_mixing, ASTRONAUTS, weight=1.0, threshold=-1.0, sampling=4)[0]
     np.testing.assert_allclose(apart, plain, atol=1e-3)
 
 
