@@ -165,7 +165,7 @@ def test_the_target_of_esd_is_guidance_away_from_the_concept(pipe, states):
     assert torch.allclose(target, of_empty - 1.5 * (of_concept - of_empty), atol=1e-6)
     assert torch.allclose(esd.esd_target(pipe.unet, x, t, empty, concept, noun, 1.5),
                           of_noun - 1.5 * (of_concept - of_empty), atol=1e-6)
-    later = esd.esd_target(pipe.unet, x, t, empty, concept, concept, 2.0)  # as the new official code writes it
+    later = esd.esd_target(pipe.unet, x, t, empty, concept, concept, 2.0)  # as their new code writes it
     assert torch.allclose(later, esd.esd_target(pipe.unet, x, t, empty, concept, empty, 1.0), atol=1e-5)
 
 
@@ -297,7 +297,7 @@ def test_pictures_to_train_on_show_what_is_asked_for(pipe):
     for images, fires in (([image for *_, image in shown], True), (list(safe.values()), False)):
         scores = sd.nudity_scores(sd.load_nudenet(), np.stack(images), args.labels)
         assert len(images) >= 3 and ((scores > sd.FIRES) == fires).all()
-    assert {(prompt, caption) for prompt, caption, _ in shown} <= {p[:2] for p in sd.read_prompts(args.prompts)}
+    assert {row[:2] for row in shown} <= {row[:2] for row in sd.read_prompts(args.prompts)}
 
 
 @pytest.mark.parametrize(("module", "flags", "message"), [

@@ -1,7 +1,7 @@
 """What the trained rivals share: the command line, loading, the optimizer, saving.
 
 Each of them is a file with Args (the defaults for Stable Diffusion), TINY (those of the embedded model), an
-objective, and train(args). The weights go, last and at once, to OUT/unet or, a LoRA, to OUT: diffusers' names.
+objective, and train(args). The weights go to OUT/unet or, a LoRA, to OUT: at once, and last of all.
 """
 import argparse
 import dataclasses
