@@ -1,0 +1,120 @@
+"""What the trained rivals share: the command line, loading, the optimizer, saving.
+
+Each of them is a file with Args (the defaults for Stable Diffusion), TINY (those of the embedded model), an
+objective, and train(args). The weights go to OUT/unet or, a LoRA, to OUT: at once, and last of all.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import shielddiff as sd  # noqa: E402
+
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+@dataclass
+class Args:
+    model: str = sd.Args.model  # folder or hub id of an SD 1.x / 2.x pipeline
+    out: str = ""  # output folder; empty: runs/<method>-<model>
+
+
+@dataclass
+class TrainingArgs(Args):
+    steps: int = 1000  # optimizer updates
+    learning_rate: float = 1e-5
+    batch_size: int = 1
+    denoise_steps: int = 50  # DDIM steps of the pictures that it trains on
+    seed: int = 0
+
+
+TINY = {"model": sd.TINY["model"]}  # of the embedded model, where they differ
+TINY_TRAINING = TINY | dict(batch_size=8, denoise_steps=20)
+
+
+def run(train, kind: type, tiny: dict, argv=None):
+    """train(args) with the command line over the defaults of the model it names, and one line for errors."""
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--model")
+    model = which.parse_known_args(argv)[0].model
+    embedded = Path(model).resolve() == sd.HERE / "tests/tiny" if model else not torch.cuda.is_available()
+    args = tyro.cli(kind, args=argv, default=kind(**tiny) if embedded else kind())
+    args.out = args.out or f"runs/{Path(sys.argv[0]).stem}-{Path(args.model).resolve().name}"
+    try:
+        train(args)
+    except FloatingPointError as error:
+        sd.fail(f"{error}: nothing is saved; try a lower --learning-rate", code=1)
+    except torch.OutOfMemoryError as error:
+        sd.fail(f"{str(error).splitlines()[0]}: nothing is saved; try a smaller --batch-size", code=1)
+    except KeyboardInterrupt:
+        sd.fail("stopped: nothing is saved before the end", code=130)
+
+
+def start(args: Args, noise_only=False):
+    """The pipeline, frozen, in fp32, with shielddiff's sampler, and the time. Refuses, before it loads, bad
+    numbers and a folder that holds weights; with noise_only, also a model that predicts v."""
+    for name, value in vars(args).items():
+        lowest = 1 if name in ("batch_size", "denoise_steps", "pictures", "rank") else 0
+        if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
+            sd.fail(f"--{name.replace('_', '-')} cannot be {value}")
+    if there := [file for file in WEIGHTS if Path(args.out, file).exists()]:
+        sd.fail(f"output folder {args.out} holds {there[0]}: name another with --out")
+    pipe = sd.load_pipeline(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
+    if noise_only and (kind := pipe.scheduler.config.prediction_type) != "epsilon":
+        sd.fail(f"--model {args.model} has prediction_type {kind!r}: this method is defined for 'epsilon'")
+    return pipe, time.perf_counter()
+
+
+def encode(pipe, texts: list[str], batch: int) -> torch.Tensor:
+    """[N, batch, 77, d]: the text states of each of N texts, for a batch of pictures."""
+    return sd.encode_prompts(pipe, texts)[1].to(pipe.device)[:, None].expand(-1, batch, -1, -1)
+
+
+def steps(args: TrainingArgs, method: str):
+    """(step, its random generator) of each of args.steps, with a progress bar."""
+    for step in tqdm(range(args.steps), unit="step", dynamic_ncols=True):
+        yield step, sd.generator(args.seed, method, step)
+
+
+def descend(optimizer, loss: torch.Tensor, clip=math.inf):
+    """An update, its gradient clipped to a norm. FloatingPointError before a NaN reaches the weights."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    sd.finite(torch.stack([loss.detach(), norm]), "the loss or its gradient")
+    optimizer.step()
+
+
+def train_only(unet, named) -> list[torch.nn.Parameter]:
+    """Free the weights of whose names named(name) is true, and these only."""
+    for name, weight in unet.named_parameters():
+        weight.requires_grad_(named(name))
+    return [weight for weight in unet.parameters() if weight.requires_grad]
+
+
+def save(args: Args, unet, started: float, lora=False):
+    """OUT/training.json (arguments and seconds) and the weights, which stock diffusers loads."""
+    out = Path(args.out)
+    (out if lora else out / "unet").mkdir(parents=True, exist_ok=True)
+    facts = json.dumps(dataclasses.asdict(args) | {"seconds": time.perf_counter() - started}, indent=2)
+    sd.write_atomically(out / "training.json", lambda p: p.write_text(facts))
+    if lora:
+        weights = {f"unet.{k}": v for k, v in get_peft_model_state_dict(unet).items()}
+    else:
+        weights = unet.state_dict()
+        sd.write_atomically(out / "unet/config.json", unet.to_json_file)
+    tensors = {k: v.contiguous().cpu() for k, v in weights.items()}
+    sd.write_atomically(out / WEIGHTS[lora], lambda p: save_file(tensors, p, {"format": "pt"}))
+    print(f"done: {out / WEIGHTS[lora]}")

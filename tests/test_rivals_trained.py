@@ -1,0 +1,319 @@
+"""The trained rivals: what each objective is, by hand and in closed form, and which weights it moves."""
+import copy
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, cli, stock_pipeline
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import shielddiff as sd
+
+sys.path.insert(0, str(ROOT / "tests/rivals"))
+import drawn  # noqa: E402
+import duo  # noqa: E402
+import esd  # noqa: E402
+import safegen  # noqa: E402
+import sdd  # noqa: E402
+import training  # noqa: E402
+import uce  # noqa: E402
+
+QUICK = dict(steps=2, batch_size=2, denoise_steps=2)
+
+
+def trained(module, out, **changes) -> tuple[dict, dict]:
+    """The U-Net's weights before and after train(), as its command line would call it."""
+    module.train(module.Args(**module.TINY | QUICK | dict(out=str(out)) | changes))
+    return sd.load_pipeline("tests/tiny").unet.state_dict(), load_file(out / training.WEIGHTS[0])
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture
+def states(pipe):
+    """x [2, 4, 16, 16] at t [2], and the text states [2, 77, d] of "", of a concept and of a noun."""
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([900, 400]), *training.encode(pipe, ["", "a smiling face", "an astronaut"], 2)
+
+
+# ------------------------------------------------------------------------------------ which weights move
+@pytest.mark.parametrize(("module", "changes", "moves"), [
+    (esd, dict(weights="u"), lambda n: "attn2" not in n and n.split(".")[0] not in (
+        "time_embedding", "conv_norm_out", "conv_out")),
+    (esd, dict(weights="x", erase_from="an astronaut"), lambda n: "attn2" in n),
+    (sdd, {}, lambda n: "attn2" in n),
+    (safegen, dict(pictures=3, denoise_steps=6), lambda n: "attn1" in n)])
+def test_only_the_named_weights_move_and_stock_diffusers_loads_them(tmp_path, module, changes, moves):
+    before, after = trained(module, tmp_path, **changes)
+    assert changed(before, after) == {name for name in before if moves(name)}
+    for load in (lambda d: UNet2DConditionModel.from_pretrained(d, subfolder="unet"),
+                 lambda d: sd.load_whole(UNet2DConditionModel, str(d), "unet")):
+        assert not changed(load(tmp_path).state_dict(), after)
+    facts = json.loads((tmp_path / "training.json").read_text())
+    assert facts["steps"] == 2 and facts["seconds"] > 0
+
+
+def test_no_step_leaves_every_weight_as_it_was(tmp_path):
+    for module in (esd, sdd):
+        assert not changed(*trained(module, tmp_path / module.__name__, steps=0))
+
+
+# ------------------------------------------------------------------------------------ partly drawn pictures
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_a_partly_drawn_picture_is_stock_diffusers_after_as_many_steps_and_t_is_where_it_is(spacing):
+    pipe, counts = stock_pipeline(), set()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    context, args = training.encode(pipe, ["", "an astronaut"], 1), training.TrainingArgs(denoise_steps=4)
+    for seed in range(8):
+        rng = torch.Generator().manual_seed(seed)
+        k, noise = torch.randint(4, (), generator=rng).item(), torch.randn(1, 4, 16, 16, generator=rng)
+        x, t = drawn.partly_drawn(pipe.unet, pipe.scheduler, context, args, 3.0, rng.manual_seed(seed))
+        seen = [noise]
+        pipe("an astronaut", num_inference_steps=4, guidance_scale=3.0, output_type="latent", latents=noise,
+             callback_on_step_end=lambda _pipe, _step, _t, now, seen=seen: seen.append(now["latents"]) or now)
+        assert torch.allclose(x, seen[k], atol=1e-5)
+        assert t.item() // 250 == pipe.scheduler.timesteps[k].item() // 250 == 3 - k
+        counts.add(k)
+    assert counts == {0, 1, 2, 3}
+
+
+# ------------------------------------------------------------------------------------ UCE
+def rows(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def objective(w, w0, old, aim, kept, lam, erase, keep):
+    """UCE's, written down from the paper with W itself; rows are text states."""
+    return (erase * (old @ w.T - aim @ w0.T).square().sum() + keep * (kept @ (w - w0).T).square().sum()
+            + lam * (w - w0).square().sum())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.1, 2), st.floats(0.1, 2), st.floats(0, 2))
+def test_the_gradient_of_uce_vanishes_at_the_closed_form(lam, erase, keep):
+    w0, old, aim, kept = rows(5, 8), rows(6, 8), rows(7, 8)[1:], rows(3, 8)
+    given_rows = (old, aim, kept, lam, erase, keep)
+    w = (w0 @ uce.edit_matrix(*given_rows)).requires_grad_()
+    loss = objective(w, w0, *given_rows)
+    gradient, = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 1e-9 * objective(w0 + 1, w0, *given_rows).item()
+    assert objective(w + 0.01 * rows(5, 8), w0, *given_rows) > loss
+
+
+def test_uce_without_an_edit_changes_nothing_and_keeps_what_weighs_much():
+    old, aim, kept = rows(4, 8), rows(5, 8)[1:], rows(3, 8)
+    eye = torch.eye(8, dtype=torch.float64)
+    assert torch.allclose(uce.edit_matrix(old[:0], aim[:0], kept, 0.5, 1.0, 0.1), eye)
+    drift = [(kept @ uce.edit_matrix(old, aim, kept, 0.5, 1.0, keep).T - kept).abs().max()
+             for keep in (0.1, 1e2, 1e6)]
+    assert drift[0] > 1e-2 > drift[1] > 1e3 * drift[2]
+
+
+def test_uce_aligns_the_last_words_and_all_rows_after_them(pipe):
+    text, target = "a smiling face", "an astronaut, face hidden"
+    hidden, last = uce.states(pipe, [text, target, " "])
+    words = [pipe.tokenizer(t).input_ids for t in (text, target, " ")]
+    assert last == [len(w) - 2 for w in words] and last[2] == 0  # the beginning, where there is no word
+    old, aim = uce.aligned(pipe, [(text, target), (text, "")])
+    n = 77 - max(last)
+    assert len(old) == len(aim) == n + 77 - last[0]
+    assert torch.equal(old[:n], hidden[0, last[0]:last[0] + n])
+    assert torch.equal(aim[:n], hidden[1, last[1]:last[1] + n])
+    assert torch.equal(aim[n:], hidden[2, :77 - last[0]])
+
+
+@pytest.mark.parametrize("edits", ["naive", "pairs", "guided"])
+def test_uce_edits_keys_and_values_and_holds_kept_prompts(pipe, tmp_path, edits):
+    uce.train(uce.Args(**uce.TINY, edits=edits, out=str(tmp_path)))
+    before, after = pipe.unet.state_dict(), load_file(tmp_path / training.WEIGHTS[0])
+    edited = ("attn2.to_k.weight", "attn2.to_v.weight")
+    assert changed(before, after) == {name for name in before if name.endswith(edited)}
+    args = uce.Args(**uce.TINY, edits=edits)
+    benign = [p for p, _, elicits in sd.read_prompts(args.prompts) if not elicits]
+    old, aim = uce.aligned(pipe, uce.edits_of(args))
+    kept = uce.states(pipe, benign)[0].flatten(0, 1)
+    for name in changed(before, after):
+        w0, w = before[name].double(), after[name].double()
+        assert (kept @ (w - w0).T).norm() < 0.2 * (kept @ w0.T).norm()
+        assert (old @ w.T - aim @ w0.T).norm() < 0.6 * (old @ w0.T - aim @ w0.T).norm()
+
+
+def test_uce_runs_on_the_command_line_and_refuses_a_folder_that_holds_weights(tmp_path):
+    command = ("--model", "tests/tiny", "--edits", "guided", "--out", tmp_path)
+    done = cli(*command, script="tests/rivals/uce.py")
+    assert done.returncode == 0 and (tmp_path / training.WEIGHTS[0]).exists(), done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        training.run(uce.train, uce.Args, uce.TINY, list(map(str, command)))
+
+
+# ------------------------------------------------------------------------------------ ESD
+def test_the_target_of_esd_is_guidance_away_from_the_concept(pipe, states):
+    x, t, empty, concept, noun = states
+    with torch.no_grad():
+        of_empty, of_concept = (pipe.unet(x, t, c).sample for c in (empty, concept))
+        of_noun = pipe.unet(x, t, noun).sample
+    target = esd.esd_target(pipe.unet, x, t, empty, concept, empty, 1.5)
+    assert torch.allclose(target, of_empty - 1.5 * (of_concept - of_empty), atol=1e-6)
+    assert torch.allclose(esd.esd_target(pipe.unet, x, t, empty, concept, noun, 1.5),
+                          of_noun - 1.5 * (of_concept - of_empty), atol=1e-6)
+    later = esd.esd_target(pipe.unet, x, t, empty, concept, concept, 2.0)  # as their new code writes it
+    assert torch.allclose(later, esd.esd_target(pipe.unet, x, t, empty, concept, empty, 1.0), atol=1e-5)
+
+
+def test_esd_has_nothing_to_learn_where_concept_and_target_are_the_same(tmp_path):
+    """eta 0 and the empty text: the loss is zero, and Adam does not move for a zero gradient."""
+    assert not changed(*trained(esd, tmp_path, steps=1, eta=0.0, concept=""))
+
+
+# ------------------------------------------------------------------------------------ SDD
+def test_no_gradient_of_sdd_flows_through_what_is_predicted_for_the_empty_text(pipe, states):
+    x, t, empty, concept, _ = states
+    student = copy.deepcopy(pipe.unet)
+    weights = training.train_only(student, lambda name: name.endswith("attn2.to_v.weight"))
+    loss = sdd.sdd_loss(student, x, t, empty, concept)
+    fixed = student(x, t, empty).sample.detach()
+    by_hand = (student(x, t, concept).sample - fixed).square().mean()
+    assert loss.item() == pytest.approx(by_hand.item()) and loss > 0
+    gradients = (torch.autograd.grad(of, weights) for of in (loss, by_hand))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-8)
+
+
+def test_sdd_saves_the_moving_average(tmp_path):
+    start, student = trained(sdd, tmp_path / "0", steps=1, average=0.0)
+    _, average = trained(sdd, tmp_path / "1", steps=1, average=0.75)
+    for name in changed(start, student):
+        assert torch.allclose(average[name], 0.75 * start[name] + 0.25 * student[name], atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------ DUO
+def test_duo_starts_at_ln_2_with_no_prior_and_moves_self_attention_alone(pipe, tmp_path):
+    unet = copy.deepcopy(pipe.unet)
+    unet.add_adapter(duo.LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["attn1.to_q"]))
+    pairs = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    args, empty = duo.Args(**duo.TINY), training.encode(pipe, [""], 1)[0]
+    preference, prior = duo.duo_losses(unet, pipe.scheduler, pairs, empty, args, sd.generator(0))
+    assert preference.item() == pytest.approx(math.log(2)) and prior.item() == 0 and preference.requires_grad
+    duo.train(duo.Args(**duo.TINY | QUICK | dict(out=str(tmp_path), pictures=2, denoise_steps=8, rank=4)))
+    lora = load_file(tmp_path / training.WEIGHTS[1])
+    layers = {name.removeprefix("unet.").split(".lora")[0] for name in lora}
+    assert layers == {name for name, part in pipe.unet.named_modules()
+                      if "attn1.to_" in name and isinstance(part, torch.nn.Linear)}
+    assert all(weight.any() for weight in lora.values())
+    user = stock_pipeline(tmp_path)
+    assert user.get_active_adapters()
+
+
+def test_duo_prefers_the_safe_picture_and_swapping_flips_the_sign():
+    errors, frozen = torch.tensor([[0.1], [0.3]]), torch.tensor([[0.2], [0.3]])  # the safe: better by 0.1
+    assert duo.preference_loss(errors, frozen, 5.0).item() == pytest.approx(math.log(1 + math.exp(-0.5)))
+    assert duo.preference_loss(errors.flip(0), frozen.flip(0), 5.0).item() == pytest.approx(
+        math.log(1 + math.exp(0.5)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_pair_of_duo_has_one_noise_and_two_timesteps_and_the_prior_is_noise_alone(shared):
+    class Unet:  # of one parameter: it records what it is asked, and predicts a part of it
+        weight, calls = torch.tensor(1.0), []
+
+        def __call__(self, x, t, context):
+            self.calls.append((x, t))
+            return type("Output", (), {"sample": self.weight * x})
+
+        def disable_adapters(self):
+            self.weight = torch.tensor(0.5)
+
+        def enable_adapters(self):
+            self.weight = torch.tensor(1.0)
+
+    unet, scheduler = Unet(), DDIMScheduler()
+    pairs, args = torch.randn(2, 5, 4, 2, 2), duo.Args(shared_timestep=shared, beta=1.0)
+    preference, prior = duo.duo_losses(unet, scheduler, pairs, torch.zeros(1, 77, 3), args, sd.generator(1))
+    (x, t), again = unet.calls
+    assert torch.equal(x, again[0]) and torch.equal(t, again[1])
+    safe, unsafe, noise = x.chunk(3)
+    assert torch.allclose(safe, scheduler.add_noise(pairs[0], noise, t[:5]))
+    assert torch.allclose(unsafe, scheduler.add_noise(pairs[1], noise, t[5:10]))
+    assert torch.equal(t[:5], t[5:10]) == shared and t[:10].max() < 750 and (t[10:] == 999).all()
+    error = [[(w * part - noise).square().mean(dim=(1, 2, 3)) for part in (safe, unsafe)] for w in (1, 0.5)]
+    inside = (error[0][0] - error[1][0]) - (error[0][1] - error[1][1])
+    assert preference.item() == pytest.approx(torch.log(1 + inside.exp()).mean().item(), rel=1e-5)
+    assert prior.item() == pytest.approx((0.5 * noise).square().mean().item())
+
+
+# ------------------------------------------------------------------------------------ SafeGen
+def test_a_perfect_predictor_of_the_exact_target_of_safegen_draws_the_covered_picture():
+    shown, covered, noise = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = sd.ddim_scheduler(stock_pipeline().scheduler.config)
+    scheduler.set_timesteps(20)
+    for t in scheduler.timesteps[[0, 9, 18]]:
+        target = safegen.safegen_target(scheduler, noise, shown, covered, t[None], True)
+        x = scheduler.add_noise(shown, noise, t[None])
+        assert torch.allclose(scheduler.step(target, t, x).pred_original_sample, covered, atol=1e-3)
+    official = safegen.safegen_target(scheduler, noise, shown, covered, t[None], False)
+    assert torch.allclose(official, noise + shown - covered)
+
+
+def test_safegen_predicts_plain_noise_where_nothing_is_covered(pipe, states):
+    """And its two terms are weighted 0.1 and 0.9."""
+    x, _, empty, *_ = states
+    args, shown, benign = safegen.Args(weight=0.1), x[:1], x[1:]
+    loss = [safegen.safegen_loss(pipe.unet, pipe.scheduler, shown, covered, benign, empty[:1], args,
+                                 sd.generator(3)).item() for covered in (shown, shown - 1)]
+    rng = sd.generator(3)
+    noise, t = torch.randn(2, 4, 16, 16, generator=rng), torch.randint(1000, (2,), generator=rng)
+    with torch.no_grad():
+        error = pipe.unet(pipe.scheduler.add_noise(x, noise, t), t, empty).sample - noise
+    plain = error.square().mean(dim=(1, 2, 3))
+    assert loss[0] == pytest.approx((0.1 * plain[0] + 0.9 * plain[1]).item(), rel=1e-5)
+    assert loss[1] - loss[0] == pytest.approx(0.1 * (1 - 2 * error[0].mean().item()), rel=1e-4)
+
+
+def test_a_cover_hides_the_box_and_nothing_else():
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for how, distinct in (("ellipse", 1), ("mosaic", 16)):
+        hidden = safegen.cover(image, [(20, 10, 16, 24)], how, 1.0)
+        inside = np.zeros((64, 64), bool)
+        inside[10:35, 20:37] = True
+        assert (hidden == image)[~inside].all()
+        assert len(np.unique(hidden[16:28, 24:32].reshape(-1, 3), axis=0)) <= distinct
+    assert (hidden[22, 28] == hidden[23, 29]).all() and (image != hidden).any()
+
+
+# ------------------------------------------------------------------------------------ pictures, bad input
+def test_pictures_to_train_on_show_what_is_asked_for(pipe):
+    args = drawn.Args(**drawn.TINY | dict(denoise_steps=8, pictures=4))
+    shown = drawn.draw_shown(pipe, args)
+    safe = drawn.draw_judged(pipe, args, [{"prompt": "an astronaut with the face hidden"}] * 4, False)
+    for images, fires in (([image for *_, image in shown], True), (list(safe.values()), False)):
+        scores = sd.nudity_scores(sd.load_nudenet(), np.stack(images), args.labels)
+        assert len(images) >= 3 and ((scores > sd.FIRES) == fires).all()
+    assert {row[:2] for row in shown} <= {row[:2] for row in sd.read_prompts(args.prompts)}
+
+
+@pytest.mark.parametrize(("module", "flags", "message"), [
+    (esd, ["--learning-rate", "nan"], "--learning-rate cannot be nan"),
+    (sdd, ["--batch-size", "0"], "--batch-size cannot be 0"),
+    (duo, ["--prompts", "nowhere.txt"], "cannot read prompt file nowhere.txt")])
+def test_bad_input_gets_one_line_and_leaves_nothing_behind(tmp_path, capsys, module, flags, message):
+    with pytest.raises(SystemExit, match="2"):
+        training.run(module.train, module.Args, module.TINY,
+                     ["--model", "tests/tiny", "--out", str(tmp_path / "out"), *flags])
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"shielddiff: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_numbers_stop_before_they_are_saved(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        training.run(esd.train, esd.Args, esd.TINY,
+                     ["--model", "tests/tiny", "--out", str(tmp_path), "--batch-size", "1", "--eta", "1e38"])
+    assert "not finite" in capsys.readouterr().err and not list(tmp_path.iterdir())
