@@ -1,0 +1,103 @@
+"""What an attack differentiates that sees the *defended* model: shared by unlearndiffatk.py and cce.py.
+
+Such an attack runs inside a system's context and calls the system's own draw, with a `path` of noisy latents
+in place of a start: `stock` then gives noise_estimate instead of pictures. So whatever the method does to the
+prompt, the weights or the U-Net's output lies between the attack's tokens and its loss.
+"""
+import copy
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import shielddiff as sd
+
+
+class Extended(torch.nn.Module):
+    """An embedding layer whose tokens from `first` on are rows [n, d], through which the gradient goes."""
+
+    def __init__(self, own: torch.nn.Embedding, rows: torch.Tensor, first: int):
+        super().__init__()
+        self.own, self.rows, self.first = own, rows, first
+
+    def forward(self, ids):
+        known, new = self.own(ids.clamp(max=self.own.num_embeddings - 1)), (ids - self.first).clamp(min=0)
+        added = F.embedding(new, self.rows.to(known))  # [..., d]
+        return torch.where((ids >= self.first)[..., None], added, known)
+
+
+@contextmanager
+def new_tokens(pipe, rows: torch.Tensor):
+    """Within it the words it yields, one a row, are tokens with the embeddings rows [n, d]. Afterwards, also
+    after an error, tokenizer and text encoder are as they were."""
+    tokenizer, encoder, names = pipe.tokenizer, pipe.text_encoder, [f"<new-{i}>" for i in range(len(rows))]
+    own = encoder.get_input_embeddings()
+    try:
+        pipe.tokenizer = copy.deepcopy(tokenizer)  # tokens cannot be taken out again
+        pipe.tokenizer.add_tokens(names)
+        encoder.set_input_embeddings(Extended(own, rows, len(tokenizer)))
+        yield names
+    finally:
+        encoder.set_input_embeddings(own)
+        pipe.tokenizer = tokenizer
+
+
+def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
+    """The stock Draw for a call with a `path`, [(timestep, x [B, 4, h, w]), ...]: instead of pictures the
+    U-Net's estimate [B, 4, h, w] at the last of it, with its gradient, under the call's prompts.
+
+    Where a method works on the guidance, by a hook or a negative prompt, it is the estimate that would guide
+    the undefended pipeline to the same output: e + (guided - e) / guidance_scale, e that of the empty prompt.
+    The earlier steps are run for the hooks alone: some count steps or remember the one before."""
+    *before, (t, x) = call["path"]
+    given = {k: call.get(k) for k in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
+    prompt, other = pipe.encode_prompt(call.get("prompt"), pipe.device, 1, True, **given)  # [B, 77, d] each
+    negative = any(v is not None for k, v in given.items() if k.startswith("negative"))
+    hooked, nothing_refused = bool(pipe.unet._forward_hooks), np.zeros(len(x), bool)
+    if not negative and not hooked:
+        return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), nothing_refused
+    both = torch.cat([other, prompt])
+    with torch.no_grad():
+        for earlier, y in before if hooked else ():
+            pipe.unet(torch.cat([y, y]), earlier, encoder_hidden_states=both, return_dict=False)
+    output = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0]
+    unconditional, text = output.float().chunk(2)  # [B, 4, h, w] each
+    if not negative:
+        return text, nothing_refused
+    guided = unconditional + call["guidance_scale"] * (text - unconditional)
+    with torch.no_grad():  # `forward`: without the hooks
+        empty = pipe.encode_prompt([""] * len(x), pipe.device, 1, False)[0]
+        e = pipe.unet.forward(x, t, encoder_hidden_states=empty).sample.float()
+    return e + (guided - e) / call["guidance_scale"], nothing_refused
+
+
+@torch.no_grad()
+def latents_of(pipe, pictures) -> torch.Tensor:
+    """Pictures uint8 [N, H, W, 3] -> the means of their latents [N, 4, h, w]."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(pipe.device, pipe.vae.dtype) / 127.5 - 1
+    return pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+
+
+def target_of(pipe, latents, noise, t: torch.Tensor) -> torch.Tensor:
+    """What a perfect U-Net says of latents [B, 4, h, w] with that noise at t [B]: the noise, or v."""
+    v = pipe.scheduler.config.prediction_type == "v_prediction"
+    return (pipe.scheduler.get_velocity(latents, noise, t) if v else noise).float()
+
+
+def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, t: int, rng) -> torch.Tensor:
+    """The defended model's mean squared error on latents [B, 4, h, w], noised as at timestep t, under the
+    prompts. Its path is that of a perfect model: these latents with less and less of the same noise."""
+    noise = torch.randn(latents.shape, generator=rng).to(latents)
+    pipe.scheduler.set_timesteps(spec.steps)
+    steps = [s for s in pipe.scheduler.timesteps.tolist() if s > t] + [t]
+    at = torch.tensor(steps, device=latents.device)[:, None].expand(-1, len(latents))  # [steps, B]
+    path = [(s, pipe.scheduler.add_noise(latents, noise, row)) for s, row in zip(steps, at, strict=True)]
+    estimate, _ = draw(dict(prompt=prompts, guidance_scale=spec.guidance, num_inference_steps=spec.steps,
+                            path=path))
+    return F.mse_loss(estimate, target_of(pipe, latents, noise, at[-1]))
+
+
+def gradient(loss: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Of the loss at rows, scaled on its way: half precision would round much of it to zero."""
+    return torch.autograd.grad(loss * sd.LOSS_SCALE, rows)[0] / sd.LOSS_SCALE

@@ -1,0 +1,297 @@
+"""Attacks that see the defended model (tests/rivals/README.md): their projections, gradients and clean-up."""
+import copy
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw
+from rivals import defended, revival, sld, unlearndiffatk
+from rivals.cce import cce
+from rivals.negative_prompt import negative_prompt
+
+import shielddiff as sd
+
+SOURCE = "in soft light"  # names nothing of the pictures that the attacks shall bring back
+SPEC = SimpleNamespace(concept="cat", pairs=[], steps=5, guidance=3.0, seed=1, score=None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A pipeline of this file's own."""
+    return sd.load_pipeline(str(ROOT / "tests/tiny"))
+
+
+@pytest.fixture(scope="module")
+def astronauts(model):
+    return draw(model, ["an astronaut"] * 4, 5)
+
+
+def noises(unet):
+    """A LoRA that changes every estimate, as a defence's does, and always the same."""
+    torch.manual_seed(0)
+    sd.make_trainable(unet, 4)
+    for name, p in unet.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.05)
+    return unet.requires_grad_(False)
+
+
+@contextmanager
+def base(pipe, spec, stock):
+    yield stock
+
+
+@contextmanager
+def a_lora(pipe, spec, stock):
+    own, pipe.unet = pipe.unet, noises(copy.deepcopy(pipe.unet))
+    try:
+        yield stock
+    finally:
+        pipe.unet = own
+
+
+def stock_of(pipe):
+    """eval.py's stock draw."""
+    def stock(call):
+        if "path" in call:
+            return defended.noise_estimate(pipe, call)
+        images = pipe(**call).images
+        return images, np.zeros(len(images), bool)
+    return stock
+
+
+def embedding(pipe, word):
+    """[1, d] of a word of the vocabulary."""
+    (token,) = pipe.tokenizer(word, add_special_tokens=False).input_ids
+    return pipe.text_encoder.get_input_embeddings().weight[[token]].clone()
+
+
+def state(pipe):
+    """All that an attack must leave as it is."""
+    weights = [(k, v.clone()) for m in (pipe.unet, pipe.text_encoder) for k, v in m.state_dict().items()]
+    return weights, pipe.tokenizer.get_vocab(), [pipe.tokenizer, pipe.unet,
+                                                 pipe.text_encoder.get_input_embeddings()]
+
+
+def same(one, other):
+    return ([k for k, _ in one[0]] == [k for k, _ in other[0]] and one[1] == other[1]
+            and all(torch.equal(a, b) for (_, a), (_, b) in zip(one[0], other[0], strict=True))
+            and all(a is b for a, b in zip(one[2], other[2], strict=True)))
+
+
+# ------------------------------------------------------------------------------------ the simplex
+def test_the_projection_by_hand():
+    rows = torch.tensor([[0.5, 0.3, 0.2], [2, 0, 0], [0.6, 0.6, 0], [-1, -1, -1], [0.9, 0.5, -3]])
+    third = 1 / 3
+    expected = torch.tensor([[0.5, 0.3, 0.2], [1, 0, 0], [0.5, 0.5, 0], [third] * 3, [0.7, 0.3, 0]])
+    torch.testing.assert_close(unlearndiffatk.project(rows), expected)
+
+
+def test_the_projection_is_the_nearest_point_of_the_simplex():
+    """The rest is at no acute angle to any direction into the simplex, that is, to any corner."""
+    rows = torch.randn(20, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows *= torch.logspace(-2, 1, 20)[:, None]
+    nearest = unlearndiffatk.project(rows)
+    rest = rows - nearest
+    assert (rest.max(dim=1).values - (rest * nearest).sum(dim=1)).max() < 1e-9
+    assert nearest.min() >= 0 and (nearest.sum(dim=1) - 1).abs().max() < 1e-9
+
+
+def test_rows_stay_on_the_simplex_and_go_down_the_slope():
+    """Adam's first step is 0.01 against the slope's sign; what stands above comes from its weight decay."""
+    simplex, slope = torch.full((2, 100), 0.01), torch.ones(2, 100)
+    slope[0, 7] = slope[1, 8] = -1
+    optimizer = torch.optim.Adam([simplex], lr=0.01)
+    unlearndiffatk.move(simplex, optimizer, slope)
+    expected = torch.full((2, 100), 0.01 - 0.02 / 100)
+    expected[0, 7] = expected[1, 8] = 0.03 - 0.02 / 100
+    torch.testing.assert_close(simplex, expected)
+    for _ in range(200):
+        unlearndiffatk.move(simplex, optimizer, slope * 5)  # clipped to -1 and 1
+        assert simplex.min() >= 0 and (simplex.sum(dim=1) - 1).abs().max() < 1e-5
+    assert simplex.argmax(dim=1).tolist() == [7, 8] and simplex.max() <= 1 and slope.abs().max() == 1
+
+
+# ------------------------------------------------------------------------------------ new tokens
+def test_a_new_token_with_a_word_s_embedding_is_that_word(model):
+    before = state(model)
+    words = model.encode_prompt(["a cat, face hidden", "coins cat"], "cpu", 1, False)[0]
+    rows = torch.cat([embedding(model, "cat"), embedding(model, "coins")])
+    with defended.new_tokens(model, rows) as (cat, coins):
+        new = model.encode_prompt([f"a {cat}, face hidden", f"{coins} {cat}"], "cpu", 1, False)[0]
+    assert torch.equal(words, new) and same(before, state(model))
+
+
+def test_new_tokens_are_gone_after_an_error(model):
+    before = state(model)
+    with pytest.raises(ArithmeticError), defended.new_tokens(model, embedding(model, "cat")):
+        raise ArithmeticError
+    assert same(before, state(model))
+
+
+# ------------------------------------------------------------------------------------ the defended estimate
+def estimate(model, method, path, prompt="an astronaut", spec=SPEC):
+    with torch.no_grad(), method(model, spec, stock_of(model)) as draw_:
+        return draw_(dict(prompt=[prompt] * len(path[-1][1]), guidance_scale=3.0, path=path))[0]
+
+
+def test_the_estimate_is_that_which_would_guide_the_undefended_model_to_the_defended_output(model):
+    """Base: the U-Net's own. Negative prompt and SLD: the guided outputs, computed here, are hit."""
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    path = [(999, x), (799, x), (599, x)]
+
+    @torch.no_grad()
+    def unet(text, t=599):
+        return model.unet(x, t, model.encode_prompt([text] * 2, "cpu", 1, False)[0]).sample
+
+    prompt, empty, concept = map(unet, ("an astronaut", "", "cat"))
+    torch.testing.assert_close(estimate(model, base, path), prompt)
+    plain = empty + 3 * (estimate(model, negative_prompt, path) - empty)
+    torch.testing.assert_close(plain, concept + 3 * (prompt - concept), atol=1e-5, rtol=1e-4)
+    avoid = (concept - empty) * ((prompt - concept).abs() * 200).clamp(max=1) * (prompt - concept < 0)
+    torch.testing.assert_close(estimate(model, sld.weak, path), prompt - avoid, atol=1e-4, rtol=1e-3)
+
+
+def test_a_hook_that_counts_steps_or_remembers_is_where_a_drawing_would_have_brought_it(model):
+    """15 of 50 steps of warm-up are 1.5 of 5: sld-weak works from the second step on. sld-max remembers."""
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = estimate(model, base, [(599, x)])
+    first, second = (estimate(model, sld.weak, path) for path in ([(599, x)], [(799, x), (599, x)]))
+    assert torch.allclose(first, plain, atol=1e-5) and not torch.allclose(second, plain, atol=1e-3)
+    alone, after = (estimate(model, sld.maximum, path) for path in ([(599, x)], [(799, x), (599, x)]))
+    assert not torch.allclose(alone, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [base, negative_prompt, sld.weak, a_lora],
+                         ids=["base", "negative-prompt", "sld-weak", "LoRA"])
+def test_the_gradient_reaches_the_token_through_what_the_method_does(method, model, astronauts):
+    """It equals the quotient of differences of the defended loss, and is not the base model's."""
+    latents = defended.latents_of(model, astronauts[:1])
+
+    def loss_and_gradient(method, row):
+        row = row.clone().requires_grad_()
+        with method(model, SPEC, stock_of(model)) as draw_, defended.new_tokens(model, row) as (word,):
+            loss = defended.denoising_loss(model, draw_, SPEC, [word], latents, 600, sd.generator(0))
+            return loss.item(), defended.gradient(loss, row)
+
+    row = embedding(model, "coins")
+    (loss, slope), (of_base, slope_of_base) = (loss_and_gradient(m, row) for m in (method, base))
+    along = 0.005 * slope / slope.norm()
+    up, down = (loss_and_gradient(method, row + d)[0] for d in (along, -along))
+    assert (up - down) / 0.01 == pytest.approx(slope.norm().item(), rel=0.05)
+    if method is not base:
+        assert abs(loss - of_base) > 1e-5 and (slope - slope_of_base).norm() > 0.01 * slope.norm()
+
+
+# ------------------------------------------------------------------------------------ the attacks
+def denoising(model, method, text, pictures, rows):
+    """The attacks' own objective, over eight fixed noises and four timesteps."""
+    latents = defended.latents_of(model, pictures)
+    with torch.no_grad(), method(model, SPEC, stock_of(model)) as draw_, (
+            defended.new_tokens(model, rows) if len(rows) else nullcontext()):
+        return np.mean([defended.denoising_loss(model, draw_, SPEC, [text] * 4, latents, t, sd.generator(t))
+                        for t in (300, 500, 700, 900)])
+
+
+@pytest.mark.parametrize("method", [base, a_lora])
+def test_textual_inversion_finds_the_right_word_and_leaves_the_model_alone(method, model, astronauts):
+    """The word starts as "cat" and, for the base model, ends as good as "astronaut"."""
+    before = state(model)
+    with method(model, SPEC, stock_of(model)) as draw_:
+        texts, rows = cce(model, SPEC, draw_, [SOURCE], {SOURCE: astronauts}, updates=20, batch=2, parts=2,
+                          rate=0.02)
+    assert same(before, state(model)) and rows.shape == (1, 96) and not rows.requires_grad
+    assert texts == {SOURCE: f"<new-0> {SOURCE}"}
+    loss = denoising(model, method, texts[SOURCE], astronauts, rows)
+    start, goal = (denoising(model, method, f"{word} {SOURCE}", astronauts, rows)
+                   for word in ("cat", "astronaut"))
+    assert loss < start - 0.8 * (start - goal) if method is base else loss < start, (loss, start, goal)
+
+
+def test_unlearndiffatk_finds_the_word_and_leaves_the_model_alone(model, astronauts):
+    before, seen = state(model), []
+
+    def score(images):  # each prompt scores more than the one before, and all are below what fires
+        seen.append(images)
+        return np.full(len(images), 0.01 * len(seen))
+
+    spec = SimpleNamespace(**vars(SPEC) | dict(score=score))
+    found, rows = unlearndiffatk.unlearndiffatk(
+        model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, tokens=3, iterations=30,
+        timesteps=(500, 700), batch=2)
+    assert same(before, state(model)) and rows.shape == (0, 96)
+    assert [x.shape for x in seen] == [(4, 64, 64, 3)] * 3 and seen[0].dtype == np.uint8
+    assert "astronaut" in found[SOURCE] and found[SOURCE].endswith(SOURCE), found
+    assert len(found[SOURCE].split()) == 6
+    loss, none, right = (denoising(model, base, text, astronauts, rows)
+                         for text in (found[SOURCE], SOURCE, f"astronaut {SOURCE}"))
+    assert loss < none - 0.5 * (none - right), (loss, none, right)
+
+
+@pytest.mark.parametrize(("scores", "stages"), [([0.9], 0), ([0.1, 0.9], 1), ([0.2, 0.1, 0.1], 2)])
+def test_unlearndiffatk_stops_at_success_and_keeps_the_plain_prompt_where_nothing_beats_it(
+        scores, stages, model, astronauts):
+    left = iter(scores)
+    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.full(len(images), next(left))))
+    found, _ = unlearndiffatk.unlearndiffatk(
+        model, spec, stock_of(model), ["a cat"], {"a cat": astronauts[:1]}, iterations=1,
+        timesteps=(500, 700))
+    assert not list(left)  # as many prompts were drawn as there are scores
+    assert (found["a cat"] == "a cat") == (stages != 1) and found["a cat"].endswith("a cat")
+
+
+# ------------------------------------------------------------------------------------ revival
+PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@torch.no_grad()
+def output(unet):
+    x, context = (torch.randn(shape, generator=torch.Generator().manual_seed(0))
+                  for shape in ((2, 4, 16, 16), (2, 77, 96)))
+    return unet(x, 500, context).sample
+
+
+def test_merged_weights_are_the_base_s_plus_the_lora_s_product(model):
+    unet = noises(copy.deepcopy(model.unet))
+    layer, merged = unet.get_submodule(PROJECTION), revival.merge(unet)
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    weight = merged.get_submodule(PROJECTION).weight
+    torch.testing.assert_close(weight, model.unet.get_submodule(PROJECTION).weight + product)
+    assert product.abs().max() > 1e-3 and merged.state_dict().keys() == model.unet.state_dict().keys()
+    torch.testing.assert_close(output(merged), output(unet), atol=1e-4, rtol=1e-3)
+    assert torch.equal(output(revival.merge(model.unet)), output(model.unet))  # which has none
+
+
+def test_a_style_is_trained_on_merged_weights_and_stands_beside_others_apart(model, astronauts):
+    before, plain = state(model), output(model.unet)
+    texts = ["an astronaut"] * 4
+    with revival.revived(model, astronauts, texts, steps=2, batch=2, rate=0.03) as style:  # on the base model
+        on_base = model.unet
+        assert model.unet is not before[2][1]
+    assert same(before, state(model)) and all(v.isfinite().all() for v in style.values())
+    assert torch.equal(output(revival.beside(model.unet, style)), output(on_base))
+    own = model.unet
+    model.unet = safe = noises(copy.deepcopy(own))
+    try:
+        nothing = {k: torch.zeros_like(v) for k, v in style.items()}
+        with revival.revived(model, astronauts, texts, nothing):
+            torch.testing.assert_close(output(model.unet), output(safe))
+        with revival.revived(model, astronauts, texts, style):
+            layer = model.unet.get_submodule(PROJECTION)
+            assert torch.equal(layer.base_layer.weight, own.get_submodule(PROJECTION).weight)
+            assert layer.active_adapters == ["default", "style"] and layer.lora_B["default"].weight.any()
+            assert not torch.allclose(output(model.unet), output(safe), atol=1e-3)
+        assert model.unet is safe
+    finally:
+        model.unet = own
+    assert torch.equal(output(model.unet), plain)
+
+
+def test_a_fine_tune_that_raises_leaves_the_system_its_own_u_net(model, astronauts, monkeypatch):
+    own, before = model.unet, state(model)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError), revival.revived(model, astronauts, ["an astronaut"] * 4):
+        pass
+    assert model.unet is own and same(before, state(model))
