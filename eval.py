@@ -68,9 +68,8 @@ METHODS = {"negative-prompt": "negative_prompt.py:negative_prompt", "sld-weak": 
            "sld-medium": "sld.py:medium", "sld-strong": "sld.py:strong", "sld-max": "sld.py:maximum",
            "safree": "safree.py:safree", "safree-negative": "safree.py:safree_negative",
            "safree-guided": "safree.py:safree_guided", "best-of-5": "pno.py:best_of_5", "pno": "pno.py:pno",
-           "crops": "crops.py:crops", "latent-guard": "latent_guard.py:latent_guard",
-           "latent-mixing": "latent_mixing.py:latent_mixing",
-           "latent-mixing-guided": "latent_mixing.py:guided"}
+           "crops": "crops.py:crops", "latent-mixing": "latent_mixing.py:latent_mixing",
+           "latent-guard": "latent_guard.py:latent_guard", "latent-mixing-guided": "latent_mixing.py:guided"}
 ATTACKS = {"ring-a-bell": "ring_a_bell.py:ring_a_bell"}
 
 
