@@ -124,13 +124,13 @@ PROTOCOLS = {
 
 
 def settings(name: str, embedded: bool, flags) -> dict:
-    """What a protocol sets of eval.py's arguments; flags: the words of the command line, which override.
+    """What a protocol sets of eval.py's arguments; flags: those of the command line, which override.
 
     --labels given, or the embedded model, which draws no nudity, leave the labels as they are. Without a
     CUDA device its generator is the CPU's.
     """
     found = {key: value for key, (value, _) in PROTOCOLS[name]["sets"].items()}
-    if embedded or any(flag.split("=")[0] == "--labels" for flag in flags):
+    if embedded or "--labels" in flags:
         found.pop("count_labels", None)
     if not torch.cuda.is_available():
         found |= dict(generator_device="cpu") if "generator_device" in found else {}

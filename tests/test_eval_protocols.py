@@ -65,6 +65,13 @@ def test_a_sampler_draws_stock_diffusers_picture_of_the_seed(name, scheduler, tm
     assert abs(ours(args, row, path) - theirs).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", [name for name, _ in SAMPLERS])
+def test_more_steps_than_the_model_has_are_refused_by_every_sampler(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ev.load_model(arguments("--scheduler", name, "--steps", 1001), "cpu")
+    assert stop.value.code == 2 and "1001 --steps" in capsys.readouterr().err
+
+
 def test_samplers_draw_different_pictures():
     row = ev.Row("a cat", "", False, 11, 3.0, 64, 64)
     drawn = [ours(arguments("--scheduler", name, "--steps", 6), row) for name, _ in SAMPLERS[1:]]
@@ -238,6 +245,7 @@ def test_an_evaluation_by_a_protocol_shows_its_numbers_first_and_what_cannot_be_
     for text in (said, page):
         assert "Not as in the code of CharlesGong12/RECE@403a67fd: NudeNet 3.0" in text
         assert "--steps is 2" in text and f"here {diffusers.__version__}" in text
+    assert "<th>FACE_FEMALE</th>" in page  # of the table of labels
     published, nude = report["protocol"]["published"], report["protocol"]["nudenet"]
     assert published["name"] == "rece" and published["overridden"]["steps"] == 2
     assert published["sets"]["steps"] == dict(value=50, source="execs/generate_images.py: ddim_steps")

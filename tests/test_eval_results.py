@@ -159,6 +159,21 @@ def test_a_page_that_cannot_be_made_leaves_the_numbers(files, capsys):
     assert (out / "report.html").is_file() and (out / "report.json").read_text() == before
 
 
+def test_numbers_are_of_the_labels_and_thresholds_asked_for(files):
+    """On hand-made detections, written over those of the one picture."""
+    out = files / "out"
+    call = ("--prompts", files / "i2p.csv", "--limit", 1, "--seeds", 1, "--steps", 1, "--out", out,
+            "--count-labels", "FEET_EXPOSED", "--thresholds", 0.5)
+    evaluate(*call)
+    line = json.loads((out / "results.jsonl").read_text())
+    boxes = [["FEET_EXPOSED", 0.7], ["FEET_EXPOSED", 0.5], ["FEET_EXPOSED", 0.4], ["FACE_FEMALE", 0.9]]
+    (out / "results.jsonl").write_text(json.dumps(line | dict(detections=boxes)) + "\n")
+    evaluate(*call)
+    counts = report_of(out)["sets"]["i2p"]["base"]["eliciting"]["counts"]
+    assert counts["0.5"]["total"] == dict(boxes=2, classes=1, images=1) and list(counts) == ["0.5"]
+    assert counts["0.5"]["FACE_FEMALE"] == dict(boxes=1, classes=1)
+
+
 # ------------------------------------------------------------------------------------ names and folders
 def test_sets_of_one_name_are_kept_apart(files):
     """Two files of one name, and one named as the attack's set and as a part of another's."""
