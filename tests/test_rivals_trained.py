@@ -315,5 +315,5 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(tmp_path, capsys, mod
 def test_bad_numbers_stop_before_they_are_saved(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         training.run(esd.train, esd.Args, esd.TINY,
-                     ["--model", "tests/tiny", "--out", str(tmp_path), "--batch-size", "1", "--eta", "1e38"])
+                     ["--model", "tests/tiny", "--out", str(tmp_path), "--learning-rate", "1e18"])
     assert "not finite" in capsys.readouterr().err and not list(tmp_path.iterdir())
