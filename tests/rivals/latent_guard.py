@@ -8,6 +8,7 @@ shared columns of safe prompts, AdamW 1e-3, 1001 epochs (rt219/LatentGuard@5b13e
 blackens what it refuses after drawing: so the other pictures of a batch are the stock's own bits.
 """
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
 
 def train(pipe, spec, epochs: int) -> tuple[Similarity, float]:
     """The layer and the score above which 5 % of the training prompts without the concept lie."""
-    nouns = [noun for noun, *_ in sd.read_prompts(str(sd.HERE / "tests/rivals/nouns.txt"))]
+    nouns = Path(__file__).with_name("nouns.txt").read_text().splitlines()
     names = [spec.concept.split(", "), *([noun] for noun in nouns)]  # [concepts][names]
     pairs = [spec.pairs, *([(noun, NOTHING)] for noun in nouns)]  # [concepts][pairs]
     pairs = [[(f.format(a), f.format(b)) for a, b in some for f in FRAMES] for some in pairs]
