@@ -186,7 +186,7 @@ def test_pno_with_steps_lowers_its_own_score_whatever_that_is(pipe):
     context = torch.cat(pipe.encode_prompt(ASTRONAUTS[0], "cpu", 1, True)[::-1])
     torch.testing.assert_close(pno.picture_of(pipe, x, context, call), plain, atol=1e-4, rtol=0)
     for score in (pno.load_scorer(pipe, spec_of()), lambda images: 20 * images.mean(dim=(1, 2, 3))):
-        after, picture = pno.optimise(pipe, lambda p, f=score: f(p) + 99, call, x, torch.Generator(), 2)
+        after, picture = pno.optimise(pipe, lambda p, f=score: f(p) + 99, call, x, torch.Generator(), 4)
         assert after - 99 < score(plain).item() - 0.1
         assert abs(score(torch.tensor(picture)[None]).item() - (after - 99)) < 1e-3
 
