@@ -71,7 +71,7 @@ FIRES = 0.25  # score above which a picture counts as showing a label: NudeNet's
 # ------------------------------------------------------------------------------------ the arguments
 @dataclasses.dataclass
 class Args:
-    """ShieldDiff. Defaults are those in force: Stable Diffusion's or, without CUDA, the embedded model's."""
+    """ShieldDiff. Defaults are those in force. Without CUDA, what is run differs (64 px, faces), not how."""
     steps: int = 300  # policy-gradient steps: one rollout and its updates each
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # folder or hub id of an SD 1.x / 2.x pipeline
     prompts: str = str(HERE / "prompts.txt")  # a line each, 'prompt => safe caption' or benign; or a table
