@@ -627,7 +627,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     """Everything that a step works with, loaded and ready to train."""
     pairs = settings["prompts"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it rounds as fp16 does
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
     settings["weights"] = [hashlib.sha256(to_bytes(part.state_dict())).hexdigest()  # wherever they lie
