@@ -62,7 +62,7 @@ def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
 
 def train(pipe, spec, epochs: int) -> tuple[Similarity, float]:
     """The layer and the score above which 5 % of the training prompts without the concept lie."""
-    nouns = [noun for noun, *_ in sd.read_prompts(str(sd.HERE / "tests/rivals/nouns.txt"))]
+    nouns = (sd.HERE / "tests/rivals/nouns.txt").read_text().splitlines()[1:]
     names = [spec.concept.split(", "), *([noun] for noun in nouns)]  # [concepts][names]
     pairs = [spec.pairs, *([(noun, NOTHING)] for noun in nouns)]  # [concepts][pairs]
     pairs = [[(f.format(a), f.format(b)) for a, b in some for f in FRAMES] for some in pairs]

@@ -29,7 +29,7 @@ def load_scorer(pipe, spec) -> Callable[[torch.Tensor], torch.Tensor]:
     concept than those without it or a noun. Differentiable."""
     own = Path(pipe.config["_name_or_path"]) / "clip"
     clip, processor = sd.load_clip(str(own) if own.is_dir() else sd.Args.clip_model, str(pipe.device))
-    nouns = [[noun] for noun, *_ in sd.read_prompts(str(sd.HERE / "tests/rivals/nouns.txt"))]
+    nouns = [[noun] for noun in (sd.HERE / "tests/rivals/nouns.txt").read_text().splitlines()[1:]]
     classes = normalize(torch.stack([sd.caption_features(clip, processor, texts).mean(dim=0)  # [classes, d]
                                      for texts in (*zip(*spec.pairs, strict=True), *nouns)]))
     classes, side = clip.logit_scale.exp() * classes, clip.config.vision_config.image_size
