@@ -1,5 +1,5 @@
-"""The pictures of --init-images and --reference, as cameras and editors save them: one reader, one check. Last,
-how far apart two pictures and two sets of them are."""
+"""The pictures of --init-images and --reference, as cameras and editors save them: one reader, one check.
+Last, how far apart two pictures and two sets of them are."""
 from pathlib import Path
 
 import numpy as np

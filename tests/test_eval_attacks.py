@@ -5,6 +5,7 @@ import hashlib
 import json
 from types import SimpleNamespace
 
+import eval_attacks
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from rivals import cce, defended, latent_guard, negative_prompt, pno, unlearndif
 from safetensors.torch import save_file
 
 import eval as ev
-import eval_attacks
 
 SOURCE, ATTACKS = "a smiling astronaut", ("unlearndiffatk", "cce")
 SYSTEMS = ["base", "noisy", "crops"]
