@@ -289,7 +289,8 @@ class System(NamedTuple):
 
 
 def stock_draw(pipe, call: dict) -> tuple[np.ndarray, np.ndarray]:
-    """A Draw by the stock pipelines: image-to-image where the call holds an `image`; for attacks, `path`."""
+    """A Draw by the stock pipelines: image-to-image where the call holds an `image`; for attacks a noise
+    estimate where it holds a `path`."""
     if "path" in call:
         return noise_estimate(pipe, call)
     if "image" in call:
