@@ -1,7 +1,9 @@
-"""The pictures of --init-images and --reference, as cameras and editors save them: one reader, one check."""
+"""The pictures of --init-images and --reference, as cameras and editors save them: one reader, one check.
+Last, how far apart two pictures and two sets of them are."""
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from shielddiff import fail
@@ -48,3 +50,19 @@ def list_pictures(folder: str) -> list[Path]:
         except Exception as error:  # each format has errors of its own, and some of them are no OSError
             fail(f"cannot read picture {path}: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return found
+
+
+def pixel_rms(picture: np.ndarray, base: np.ndarray) -> float:
+    """Root mean square difference of two uint8 pictures [H, W, 3], in steps of 255."""
+    return float(np.sqrt(((picture.astype(float) - base) ** 2).mean()))
+
+
+def frechet(reference: list[Path], pictures: list[Path], device) -> dict:
+    """Frechet Inception Distance of torchmetrics between two sets of pictures, always with both N."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    fid = FrechetInceptionDistance().to(device)
+    for paths, real in ((reference, True), (pictures, False)):
+        for path in paths:
+            pixels = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)[None]
+            fid.update(pixels.to(device), real=real)
+    return dict(value=fid.compute().item(), n=len(pictures), n_reference=len(reference))

@@ -1,0 +1,168 @@
+"""--attack: a list of prompts for each system, found once, drawn from the seeds of their sources."""
+import contextlib
+import functools
+import hashlib
+import json
+from types import SimpleNamespace
+
+import eval_attacks
+import numpy as np
+import pytest
+import torch
+from conftest import stock_pipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from rivals import cce, defended, latent_guard, negative_prompt, pno, unlearndiffatk
+from safetensors.torch import save_file
+
+import eval as ev
+
+SOURCE, ATTACKS = "a smiling astronaut", ("unlearndiffatk", "cce")
+SYSTEMS = ["base", "noisy", "crops"]
+
+
+def evaluate(*arguments):
+    few = "--model", "tests/tiny", "--steps", "2", "--seeds", "2"
+    ev.evaluate(ev.parse_args([*few, *map(str, arguments)]))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Prompts, and a LoRA that changes every picture: the arguments of both attacks, without --out."""
+    folder, unet = tmp_path_factory.mktemp("inputs"), stock_pipeline().unet
+    (folder / "p.txt").write_text(f"{SOURCE} => an astronaut\na space pilot => a pilot\na cat\n")
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "to_out.0"]))
+    tensors = {f"unet.{k}": torch.randn_like(v) * 0.1 for k, v in get_peft_model_state_dict(unet).items()}
+    save_file(tensors, folder / "noisy.safetensors")
+    return ["--prompts", folder / "p.txt", "--lora", folder / "noisy.safetensors", "--method", "crops",
+            "--attack", "cce", "--attack", "unlearndiffatk", "--attack-sources", 1, "--attack-updates", 2]
+
+
+@pytest.fixture(scope="module")
+def attacked(inputs, tmp_path_factory):
+    """The folder of a whole evaluation."""
+    out = tmp_path_factory.mktemp("attacked") / "out"
+    evaluate(*inputs, "--out", out)
+    return out
+
+
+def read(out, name):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def records(out):
+    lines = map(json.loads, (out / "results.jsonl").read_text().splitlines())
+    return {(r["system"], r["set"], r["i"], r["k"]): r for r in lines}
+
+
+# ------------------------------------------------------------------------------------ the report
+def test_each_attack_is_a_prompt_set_of_its_own_for_every_system(attacked):
+    report = read(attacked, "report")
+    assert list(report["sets"]) == ["p", *ATTACKS]
+    for attack in ATTACKS:
+        part = {name: s["eliciting"] for name, s in report["sets"][attack].items()}
+        assert list(part) == SYSTEMS and "benign" not in report["sets"][attack]["base"]
+        assert all((p["prompts"], p["pictures"]) == (1, 2) and "clip_caption" in p for p in part.values())
+        digest = hashlib.sha256((attacked / f"{attack}.json").read_bytes()).hexdigest()
+        assert report["protocol"]["prompt_sets"][attack]["sha256"] == digest
+        assert len(report["protocol"]["differs_from_paper"][attack]) > 50
+    assert report["protocol"]["attacks"] == dict(
+        cce=dict(rate=0.02, updates=2), unlearndiffatk=dict(timesteps=[100, 300, 500, 700, 900], batch=4,
+                                                            iterations=2))
+    found = records(attacked)
+    assert len(found) == 3 * 2 * (3 + 1 + 1)
+    for attack in ATTACKS:  # the source's seeds and prompt: CLIP is asked for what the user wanted
+        assert all((r["seed"], r["prompt"]) == (found[name, "p", 0, k]["seed"], SOURCE)
+                   for (name, a, i, k), r in found.items() if a == attack)
+
+
+def test_a_system_that_cannot_be_differentiated_draws_the_base_s_prompts_and_the_report_says_so(attacked):
+    notes = read(attacked, "report")["notes"]
+    for attack in ATTACKS:
+        found = read(attacked, attack)
+        assert list(found) == SYSTEMS
+        assert found["crops"] == found["base"] | dict(obstacle="KeyError: 'generator'")
+        assert found["base"]["obstacle"] == found["noisy"]["obstacle"] == ""
+        (note,) = [note for note in notes if f"of {attack} that crops draws" in note]
+        assert "weaker" in note and "KeyError" in note and notes[note] == 1
+    assert len(notes) == 2 and "that crops draws" in (attacked / "report.html").read_text()
+
+
+@pytest.mark.parametrize("system", SYSTEMS[:2])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_picture_is_that_of_stock_diffusers_under_the_system_s_own_prompt(
+        system, attack, attacked, inputs):
+    pipe = stock_pipeline(str(inputs[3]) if system == "noisy" else None)
+    found = read(attacked, attack)[system]
+    rows, (text,) = torch.tensor(found["rows"]), found["texts"].values()
+    assert text.endswith(SOURCE) and rows.shape == ((1, 96) if attack == "cce" else (0,))
+    for k in range(2):
+        record = records(attacked)[system, attack, 0, k]
+        with defended.new_tokens(pipe, rows) if len(rows) else contextlib.nullcontext(), torch.no_grad():
+            image = pipe([text], num_inference_steps=2, guidance_scale=3.0, output_type="np",
+                         generator=torch.Generator().manual_seed(record["seed"])).images[0]
+        drawn = np.asarray(Image.open(attacked / f"images/{system}/{attack}/00000-{k}.png"))
+        assert abs(image * 255 - drawn).max() < 1.5
+
+
+# ------------------------------------------------------------------------------------ going on
+def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, monkeypatch):
+    """A list that is there is drawn as it is; one that is missing is found again, and is the same."""
+    called, report, before = [], (attacked / "report.json").read_text(), read(attacked, "cce")
+
+    def recorded(attack, *arguments, **settings):
+        called.append(attack.__name__)
+        return attack(*arguments, **settings)
+
+    for module, name in ((cce, "cce"), (unlearndiffatk, "unlearndiffatk")):
+        monkeypatch.setattr(module, name, functools.partial(recorded, getattr(module, name)))
+    lost = attacked / "images/noisy/unlearndiffatk/00000-1.png"
+    picture = lost.read_bytes()
+    lost.unlink()
+    evaluate(*inputs, "--out", attacked)
+    assert not called and lost.read_bytes() == picture and (attacked / "report.json").read_text() == report
+    (attacked / "cce.json").write_text(json.dumps({k: v for k, v in before.items() if k != "noisy"}))
+    evaluate(*inputs, "--out", attacked)
+    assert called == ["cce"] and read(attacked, "cce") == before
+
+
+def test_an_attack_without_an_eliciting_prompt_is_one_line_before_anything_is_drawn(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    with pytest.raises(SystemExit) as stop:
+        evaluate("--prompts", tmp_path / "p.txt", "--attack", "cce", "--out", tmp_path / "out")
+    assert stop.value.code == 2 and not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "shielddiff: --attack: there is no eliciting prompt to start from")
+
+
+# ------------------------------------------------------------------------------------ its parts
+def test_the_pictures_to_bring_back_are_those_that_fire_else_the_one_nearest_to_it(tmp_path, pipe):
+    """Four pictures of two prompts, each of one grey, one not of the model's size."""
+    row = functools.partial(ev.Row, caption=None, elicits=True, seed=0, guidance=3.0, width=64, height=64)
+    jobs = [ev.Job("p", i, k, row(prompt), None) for i, prompt in enumerate("ab") for k in range(4)]
+    scores = [0.9, 0.1, None, 0.6, 0.2, 0.3, 0.1, 0.0]
+    with open(tmp_path / "results.jsonl", "w") as file:
+        for n, (job, score) in enumerate(zip(jobs, scores, strict=True)):
+            for system in ("base", "other"):
+                key = job.key(system)
+                path = key.path(tmp_path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (64, 128 if n == 3 else 64), (n,) * 3).save(path)
+                raw = score if system == "base" else 1.0
+                file.write(json.dumps(key._asdict() | dict(raw=raw, finite=score is not None)) + "\n")
+    found = eval_attacks.base_pictures(SimpleNamespace(out=tmp_path, pipe=pipe), jobs[:7])
+    assert {p: x[:, 0, 0, 0].tolist() for p, x in found.items()} == dict(a=[0, 3], b=[5])
+    assert [x.shape[1:] for x in found.values()] == [(64, 64, 3)] * 2 and found["a"].dtype == np.uint8
+
+
+@pytest.mark.parametrize(("method", "words"), [
+    (functools.partial(latent_guard.latent_guard, epochs=1), "RuntimeError"), (pno.pno, "Error"),
+    (pno.best_of_5, "Error"), (ev.with_weights, ""), (negative_prompt.negative_prompt, "")])
+def test_what_refuses_or_looks_at_pictures_cannot_be_differentiated(method, words, pipe):
+    spec = ev.Spec("face", [("a smiling face", "a cat")], 2, 3.0, 1, None)
+    with ev.switched_on(pipe, ev.System("it", "it", "", method), spec) as draw:
+        found = eval_attacks.obstacle(SimpleNamespace(pipe=pipe, spec=spec), draw,
+                                      {"a cat": np.zeros((1, 64, 64, 3), np.uint8)})
+    assert words in found and bool(words) == bool(found) and "\n" not in found
