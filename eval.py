@@ -53,6 +53,7 @@ from shielddiff import HERE, LABELS, fail, write_atomically
 
 sys.path.insert(0, str(HERE / "tests"))
 import eval_attacks  # noqa: E402
+import eval_benchmark  # noqa: E402
 import eval_protocols as protocols  # noqa: E402
 import eval_statistics as es  # noqa: E402
 import eval_systems  # noqa: E402
@@ -135,6 +136,9 @@ class Args:
     # folder of pictures: every prompt file is also run image-to-image, starting from them in turn
     init_images: str = ""
     strength: float = 0.6  # share of the noise that image-to-image adds
+
+    # all methods, ShieldDiff and the trained rivals, trained first where they are not in runs/, all attacks
+    benchmark: bool = False
 
     # also make adversarial prompts and run them: ring-a-bell, by the text encoder, the same for all systems;
     # unlearndiffatk and cce, by the gradient of each system, from the same sources
@@ -809,6 +813,9 @@ def load_model(args: Args, device: str):
 
 def evaluate(args: Args):
     """The whole evaluation."""
+    if args.benchmark:
+        check(args)
+        args = eval_benchmark.prepare(args, tuple(METHODS))
     systems = list_systems(args)
     inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     check(args)

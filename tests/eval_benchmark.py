@@ -1,0 +1,58 @@
+"""`python eval.py --benchmark`: ShieldDiff, every rival and every attack in one evaluation.
+
+What has to be trained and is not there is trained by its own command, as anybody would: ShieldDiff to
+runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Everything goes on
+where it was stopped: a trained rival is kept, ShieldDiff resumed, and so is the evaluation.
+"""
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from eval_attacks import ATTACKS
+
+import shielddiff as sd
+from shielddiff import HERE, fail
+
+WEIGHTS = dict(lora="pytorch_lora_weights.safetensors", unet="unet/diffusion_pytorch_model.safetensors")
+RIVALS = {"esd-u": ("unet", "esd.py"), "esd-x": ("unet", "esd.py", "--weights", "x"),
+          "sdd": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
+          "uce-guided": ("unet", "uce.py", "--edits", "guided"), "duo": ("lora", "duo.py"),
+          "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
+
+
+def run(command: list[str]):
+    """A command of this repository; exits where it fails."""
+    print(f"python {' '.join(command)}", flush=True)
+    if code := subprocess.run([sys.executable, *command]).returncode:
+        fail(f"--benchmark: this command ended with code {code}: python {' '.join(command)}. What is trained "
+             f"stays: mend it and run again")
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a ShieldDiff run has taken its last step. There are weights from the first on, which say
+    nothing; metrics.jsonl has a line a step and is written before the weights."""
+    weights, metrics, arguments = (folder / name for name in (WEIGHTS["lora"], "metrics.jsonl", "args.json"))
+    return all(path.exists() for path in (weights, metrics, arguments)) and (
+        metrics.read_text().count("\n") >= json.loads(arguments.read_text())["steps"]
+        and weights.stat().st_mtime >= metrics.stat().st_mtime)
+
+
+def prepare(args, methods: tuple[str, ...]):
+    """The arguments of the evaluation, all that it compares trained: those named by the user stay, too."""
+    embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
+    ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
+    if not is_trained(ours):
+        resumed = ["--resume"] * (ours / "checkpoint.pt").exists()
+        run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *resumed])
+    for name, (kind, script, *flags) in RIVALS.items():
+        folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
+        if not (folder / WEIGHTS[kind]).exists():
+            run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags])
+        named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
+    trained_on = sd.TINY["prompts"] if embedded else sd.Args.prompts
+    return dataclasses.replace(
+        args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet), attack=ATTACKS,
+        method=(*methods, *(m for m in args.method if m not in methods)),
+        prompts=tuple(dict.fromkeys((*args.prompts, trained_on))))

@@ -1,0 +1,81 @@
+"""--benchmark: what it trains, what it keeps, what it then evaluates. The training itself is not run here."""
+import importlib
+import json
+import os
+from pathlib import Path
+
+import eval_benchmark
+import pytest
+import tyro
+from conftest import ROOT
+
+import eval as ev
+
+
+def put(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Those that are run, in an empty folder: each leaves the weights that it would."""
+    said = []
+
+    def run(command):
+        said.append(command)
+        out = Path(command[command.index("--out") + 1])
+        lora = Path(command[0]).stem in ("shielddiff", "duo")
+        put(out / eval_benchmark.WEIGHTS["lora" if lora else "unet"])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_benchmark, "run", run)
+    return said
+
+
+def prepared(*flags):
+    return eval_benchmark.prepare(ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark", *flags]),
+                                  tuple(ev.METHODS))
+
+
+def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/rivals"))  # as for a script that is run there
+    args = prepared("--method", "crops", "mine=a.py:f", "--lora", "theirs=b.safetensors")
+    assert len(commands) == 1 + len(eval_benchmark.RIVALS)
+    for script, *flags in commands:
+        assert Path(script).is_file()
+        tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+    assert args.method == (*ev.METHODS, "mine=a.py:f") and args.lora[-1] == "theirs=b.safetensors"
+    assert args.attack == ("ring-a-bell", "unlearndiffatk", "cce")
+    assert args.prompts == tuple(str(ROOT / "tests/tiny" / f) for f in ("prompts_heldout.txt", "prompts.txt"))
+    args.lora, args.method = args.lora[:-1], args.method[:-1]
+    assert [s.name for s in ev.list_systems(args)] == [
+        "base", "ShieldDiff", "duo", "esd-u", "esd-x", "sdd", "uce", "uce-guided", "safegen", *ev.METHODS]
+
+
+def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(commands):
+    prepared()
+    commands.clear()
+    ours = Path("runs/tiny-0")
+    (ours / "args.json").write_text(json.dumps(dict(steps=2)))
+    (ours / "metrics.jsonl").write_text("{}\n")
+    put(ours / "checkpoint.pt")
+    os.utime(ours / eval_benchmark.WEIGHTS["lora"])
+    prepared()
+    assert commands == [[f"{ROOT}/shielddiff.py", "--model", str(ROOT / "tests/tiny"), "--out", str(ours),
+                         "--resume"]]
+    commands.clear()
+    (ours / "metrics.jsonl").write_text("{}\n{}\n")
+    os.utime(ours / eval_benchmark.WEIGHTS["lora"], (1, 1))  # of the step before
+    prepared()
+    assert len(commands) == 1
+    os.utime(ours / "metrics.jsonl", (1, 1))
+    prepared()
+    assert len(commands) == 1
+
+
+def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):
+    with pytest.raises(SystemExit) as stop:
+        eval_benchmark.run(["-c", "raise SystemExit(3)"])
+    assert stop.value.code == 2
+    assert "code 3: python -c raise SystemExit(3)" in capsys.readouterr().err
