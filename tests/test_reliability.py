@@ -105,7 +105,7 @@ def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_p
 
 @pytest.mark.parametrize("flags", [
     ["--lora-rank", 0], ["--lora-rank", 0, "--precision", "bf16"],
-    ["--precision", "fp16", "--no-optimizer-8bit"]], ids=str)
+    ["--no-optimizer-8bit"]], ids=str)
 def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path):
     for out, legs in (("a", [2]), ("b", [1, 2])):
         for steps in legs:
