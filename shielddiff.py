@@ -346,8 +346,8 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range):
     return loss, ratio
 
 
-def losses(policy: Policy, roll: Rollout, rows, s, clip_range=0.0, kl_weight=0.0):
-    """Loss, importance ratio and drift [b] of pictures `rows` [b], each at a step s [b] of its own.
+def losses(policy: Policy, roll: Rollout, rows, s, clip_range: float, kl_weight: float):
+    """Loss, ratio and drift [b] of pictures `rows` [b], each at a step s [b]; a clip_range of 0 is none.
 
     The KL to the frozen policy acts on held pictures alone, less its factor 1 / (2 sigma^2), which blows up
     in the end. The rest of it, a squared distance of two means in units of predicted noise, is the drift."""
@@ -382,7 +382,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                 (loss.sum() * LOSS_SCALE / steps.numel()).backward()
                 seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
             if n == (len(batches) - 1) // 2 and i == 0:
-                half = torch.cat([p.grad.flatten().cpu() for p in params])  # of every other micro-batch
+                half = torch.cat([p.grad.flatten().cpu() for p in params])  # less like the rest: more noise
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
         if i == 0 and not held.all():  # nothing is updated yet: the policy that scores has sampled, too
@@ -412,8 +412,8 @@ def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
     for rows in torch.arange(len(roll.held))[~roll.held][::2].split(run.args.micro_batch):
         x, s, context = (v.to(policy.unet.device) for v in (
             roll.latents[rows, roll.steps[rows, 0]], roll.steps[rows, 0], roll.context[:, rows]))
-        *_, mean, sigma = act(policy, x, s, context, x_prev=x)  # [b, 4, h, w], [b, 1, 1, 1]
-        means.append(mean / (math.sqrt(2) * sigma))
+        *_, mean, sigma = act(policy, x, s, context, x_prev=x)  # x_prev: any, as nothing is scored
+        means.append(mean / (math.sqrt(2) * sigma))  # [b, 4, h, w]
     for p, dtype in low:
         p.data = p.data.to(dtype)
     return torch.cat(means)
@@ -421,7 +421,7 @@ def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
 
 def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     """The updates give a direction. How far the weights go along it is set by how far that moves the policy:
-    --step-nats, the KL over the rewarded part of a trajectory, times the signal in it, 0 to 1."""
+    --step-nats, the KL over the rewarded part of a trajectory, times the signal in the rewards, 0 to 1."""
     group, wanted, moved = run.optimizer.param_groups[0], run.args.step_nats * signal, []
     group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
     start, learned = exact_means(run, roll), update(run, roll)
@@ -496,7 +496,7 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     nudity = roll.nudity.view(-1, args.group_size)  # [P, K]
     scored = clip_score, nudity, args.clip_weight, args.nudity_weight
     advantages = group_advantages(*scored)  # [P, K]
-    signal = group_advantages(*scored, floor=2.0).square().mean(dim=1).clamp(max=1).mean().item()  # [P, K]
+    signal = group_advantages(*scored, floor=2.0).square().mean(dim=1).clamp(max=1).mean().item()  # of [P]
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
     rng = generator(args.seed, "timesteps", step)
