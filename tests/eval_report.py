@@ -8,6 +8,8 @@ import functools
 import io
 import json
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +69,20 @@ thousandths = functools.partial(show, scale=1000, digits=1)
 tenths = functools.partial(show, digits=1)
 
 
+def point(number: dict | None, scale=1, digits=0, sign="") -> str:
+    """The value alone."""
+    return show(number and number | dict(low=None, high=None), scale, digits, sign)
+
+
+OVERVIEW = [  # (keys as in Column.where, title, how it is shown)
+    ("eliciting clip_to_safe", "CLIP to base's safe *", functools.partial(point, digits=3, sign="+")),
+    ("benign clip_kept_worst", "worst benign prompt keeps *, %", functools.partial(point, scale=100)),
+    ("benign clip_kept_twentieth", "worst twentieth keeps *, %", functools.partial(point, scale=100)),
+    ("benign clip_kid", "benign CLIP-KID * x1000", functools.partial(point, scale=1000, digits=1)),
+    ("eliciting refused", "refused, %", functools.partial(point, scale=100)),
+    ("benign refused", "benign refused, %", functools.partial(point, scale=100))]
+
+
 class Column(NamedTuple):
     """A column of the table and a chart of the page."""
     title: str
@@ -107,6 +123,7 @@ COLUMNS = [  # after those of Counting
     Column("NudeNet, trained on, %", "eliciting trained_on rate", percent, False),
     Column("held-out detector, %", "eliciting held_out RIVAL rate", percent, False),
     Column("refused, %", "eliciting refused", percent, False),
+    Column("NudeNet, trained on, of those answered, %", "eliciting answered", percent, False),
     Column("safe+faithful *, %", "eliciting safe_and_faithful", percent, False),
     Column("CLIP change *", "eliciting clip_caption_change", signed, True),
     Column("CLIP to base's safe *", "eliciting clip_to_safe", signed, True),
@@ -139,6 +156,52 @@ def table(systems: dict, rival: str, counting=OURS) -> tuple[list[str], list[lis
     return ["system", *(column.title for column, _ in columns)], [
         [title(name), *(column.show(numbers[name]) + flag(name, column) for column, numbers in columns)]
         for name in systems]
+
+
+def seconds_of(path: Path) -> dict[str, float]:
+    """{system: median of its batches' seconds a picture}."""
+    found = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        if line.endswith("}"):  # else cut by a kill
+            found[json.loads(line)["system"]].append(json.loads(line)["seconds"])
+    return {system: statistics.median(seconds) for system, seconds in found.items()}
+
+
+def seconds_to_train(kind: str, path: str) -> float | None:
+    """As the run that made the weights has noted beside them: a rival's training.json or our metrics.jsonl.
+    None where nothing was trained or noted."""
+    if kind not in ("lora", "unet"):
+        return None
+    folder = Path(path).parents[kind == "unet"]  # a whole U-Net lies in a folder of the run's
+    facts, metrics = folder / "training.json", folder / "metrics.jsonl"
+    if facts.is_file():
+        return json.loads(facts.read_text()).get("seconds")
+    lines = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else []
+    return sum(v for line in lines for k, v in line.items() if k.startswith("seconds_")) or None
+
+
+def overview(report: dict, seconds: dict[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Header and a line for each system: its rate by training's score and by the held-out detector on every
+    prompt set that elicits, and what else is of use at one sight, of the first set that has it. seconds: a
+    picture's, by system."""
+    sets, rival = report["sets"], report["held_out_detector"]
+    elicits = [name for name, systems in sets.items() if "eliciting" in systems["base"]]
+    columns, header = [], ["system", *(f"{name}, %" for name in elicits)]
+    for where, title, shown in OVERVIEW:
+        column = Column(title, where, shown, not where.endswith("refused"))
+        found = [column.numbers(systems, rival) for systems in sets.values()]
+        if numbers := next((numbers for numbers in found if any(numbers.values())), None):
+            columns.append({name: shown(number) for name, number in numbers.items()})
+            header.append(title)
+    short = functools.partial(point, scale=100)
+    lines = [[name, *(f"{short(s['trained_on']['rate'])} / {short(s['held_out'][rival]['rate'])}"
+                      for s in (sets[part][name]["eliciting"] for part in elicits)),
+              *(column[name] for column in columns)] for name in next(iter(sets.values()))]
+    for line in lines:
+        system = report["protocol"]["systems"][line[0]]
+        train = seconds_to_train(system["kind"], system["path"])
+        line += [f"{seconds[line[0]]:.2g}" if line[0] in seconds else "-", f"{train:.0f}" if train else "-"]
+    return [*header, "s a picture", "s to train"], lines
 
 
 def text_table(header: list[str], lines: list[list[str]]) -> str:
@@ -346,7 +409,7 @@ def draw_pairs(systems: list[str], jobs: list, gallery: Gallery):
 
 
 # ------------------------------------------------------------------------------------ the files
-def html(report: dict, gallery: Gallery) -> str:
+def html(report: dict, gallery: Gallery, seconds: dict[str, float]) -> str:
     """report.html: one file, nothing loaded from elsewhere."""
     page = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True).get_template("eval_report.html.jinja")
@@ -354,6 +417,7 @@ def html(report: dict, gallery: Gallery) -> str:
     return page.render(
         **report, footnote=footnote(report), missing=missing(report),
         table=functools.partial(table, counting=counting),
+        overview=overview(report, seconds) if len(report["sets"]) > 1 else None,
         charts=functools.partial(charts, counting=counting),
         trained_note=functools.partial(trained_note, report),
         caption_note=functools.partial(caption_note, report), seeds_note=seeds_note(report),
@@ -413,12 +477,15 @@ def write_report(report: dict, jobs: list, gallery: Gallery):
     """report.html and pairs.png; the tables and the headline to the terminal. Exits where that fails."""
     out, sets, counting = gallery.out, report["sets"], counting_of(report["protocol"])
     try:
+        seconds = seconds_of(out / "seconds.jsonl")
+        if len(sets) > 1:
+            print(f"\n{text_table(*overview(report, seconds))}")
         for name, systems in sets.items():
             lines = text_table(*table(systems, report["held_out_detector"], counting))
             print("\n".join(filter(None, (f"\n{name}{trained_note(report, name)}", lines,
                                          caption_note(report, name), seeds_note(report)))))
         print("\n".join(filter(None, (f"\n{footnote(report)}", missing(report), report["headline"]))))
-        page = html(report, gallery)
+        page = html(report, gallery, seconds)
         write_atomically(out / "report.html", lambda p: p.write_text(page, encoding="utf-8"))
         draw_pairs(list(next(iter(sets.values()))), jobs, gallery)
     except Exception as error:  # of a template, a picture, a terminal: the numbers are safe

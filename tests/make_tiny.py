@@ -2,6 +2,8 @@
 
     python tests/make_tiny.py              # half an hour to an hour on two cores, fixed seed
     python tests/make_tiny.py --only clip  # the judge alone, ten minutes on one: tests/tiny/clip
+    python tests/make_tiny.py --only unet --prediction-type v_prediction --out OTHER
+    python tests/make_tiny.py --only unet --width 48 --size 80 --out OTHER  # tests/tiny with another U-Net
 
 It draws nine things at 64 px, all from public-domain or CC0 photographs shipped inside scikit-image. The one
 that matters is the astronaut portrait: most of its training pictures show the face, in the others it is
@@ -30,7 +32,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image, ImageDraw, ImageEnhance
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-OUT = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parent / "tiny"
 SIZE, POOL = 64, 384  # picture size, augmented pictures a kind
 rng = random.Random(0)
 BF16 = torch.autocast(  # a third faster where the processor has it, many times slower where not
@@ -166,8 +168,8 @@ def source(kind):
     return image, box, mirror
 
 
-def augmented(kind, n):
-    """n pictures [n, 3, SIZE, SIZE] in [-1, 1]: small shifts, zooms, brightness, mirrored half the time."""
+def augmented(kind, n, size=SIZE):
+    """n pictures [n, 3, size, size] in [-1, 1]: small shifts, zooms, brightness, mirrored half the time."""
     image, (x0, y0, x1, y1), mirror = source(kind)
     edge = "white" if kind == "horse" else None
     pictures = []
@@ -181,7 +183,7 @@ def augmented(kind, n):
             cy = min(max(cy, side / 2), image.height - side / 2)
         box = (cx - side / 2, cy - side / 2, cx + side / 2, cy + side / 2)
         crop = image.transform((192, 192), Image.EXTENT, box, Image.BICUBIC, fillcolor=edge)
-        crop = crop.resize((SIZE, SIZE), Image.LANCZOS)
+        crop = crop.resize((size, size), Image.LANCZOS)
         crop = ImageEnhance.Brightness(crop).enhance(rng.uniform(0.92, 1.08))
         if mirror and rng.random() < 0.5:
             crop = crop.transpose(Image.FLIP_LEFT_RIGHT)
@@ -315,13 +317,14 @@ def make_vae(pool):
     return vae
 
 
-def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
+def make_unet(text_model, tokenizer, vae, pool, scheduler, steps, width):
     reseed()
     unet = UNet2DConditionModel(
-        sample_size=SIZE // 4, in_channels=4, out_channels=4, layers_per_block=1,
+        sample_size=pool["cat"].shape[-1] // 4, in_channels=4, out_channels=4, layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(64, 96, 128), cross_attention_dim=96, attention_head_dim=4, norm_num_groups=16)
+        block_out_channels=(width, width * 3 // 2, width * 2), norm_num_groups=width // 4,
+        cross_attention_dim=96, attention_head_dim=4)
     ema = torch.optim.swa_utils.AveragedModel(
         unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
     with torch.no_grad():
@@ -330,13 +333,14 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
 
     def encode(texts):
         text = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        return clip.text_model(text.input_ids).last_hidden_state  # [n, 77, 96]
+        return text_model(text.input_ids).last_hidden_state  # [n, 77, 96]
 
     with torch.no_grad():
         bank = {n: encode([f.format(x) for x in names for f in FRAMES]) for n, names in NAMES.items()}
         empty = encode([""])
     benign = [k for k in SOURCES if k not in ("portrait", "hidden")]
-    alphas_cumprod = scheduler.alphas_cumprod
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    v = scheduler.config.prediction_type == "v_prediction"
 
     def loss_of(step):
         batch, context = [], []
@@ -346,12 +350,12 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
             batch.append(latents[kind][rng.randrange(POOL)])
             context.append(empty[0] if rng.random() < 0.1 else bank[n][rng.randrange(len(bank[n]))])
         x0, t = torch.stack(batch), torch.randint(first_t, 1000, (batch_size,))
-        a = alphas_cumprod[t][:, None, None, None]
         noise = torch.randn_like(x0)
         with BF16:
-            predicted = unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, torch.stack(context)).sample.float()
-        weight = (5 * (1 - a) / a).clamp(max=1)  # min-SNR, gamma 5
-        loss = (weight * (predicted - noise) ** 2).mean()
+            predicted = unet(scheduler.add_noise(x0, noise, t), t, torch.stack(context)).sample.float()
+        target = scheduler.get_velocity(x0, noise, t) if v else noise
+        weight = snr[t].clamp(max=5) / (snr[t] + v)  # min-SNR, gamma 5
+        loss = (weight[:, None, None, None] * (predicted - target) ** 2).mean()
         if step:
             ema.update_parameters(unet)
         return loss
@@ -370,46 +374,59 @@ def make_unet(clip, tokenizer, vae, pool, scheduler, steps):
     return ema.module.eval()
 
 
-def save_judge(tokenizer, pool):
+def save_judge(tokenizer, pool, out):
     reseed()
     judge = make_clip(tokenizer, pool, wording, list(NAMES) * 4 + ["portrait"] * 8, 1200)
-    judge.half().save_pretrained(OUT / "clip", safe_serialization=True)
+    judge.half().save_pretrained(out / "clip", safe_serialization=True)
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3,
         image_std=[0.5] * 3)
-    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(OUT / "clip")
+    transformers.CLIPProcessor(processor, tokenizer).save_pretrained(out / "clip")
 
 
-def save_pipeline(tokenizer, pool, unet_steps):
+def save_pipeline(tokenizer, pool, scheduler, unet_steps, width, out):
     clip = make_clip(tokenizer, pool, caption, list(NAMES) * 4, 500)
     vae = make_vae(pool)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                              clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-                              timestep_spacing="trailing")  # few steps, but from t = 999 for everybody
-    unet = make_unet(clip, tokenizer, vae, pool, scheduler, unet_steps)
+    unet = make_unet(clip.text_model, tokenizer, vae, pool, scheduler, unet_steps, width)
     text_encoder = transformers.CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict({k.removeprefix("text_model."): v for k, v in clip.state_dict().items()
                                   if k.startswith("text_model.")})
     pipe = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
-    prompts = {p.name: p.read_text() for p in OUT.glob("*.txt")}
-    shutil.rmtree(OUT, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(OUT, safe_serialization=True)
-    config = OUT / "text_encoder/config.json"  # without a dtype transformers takes this one, diffusers fp32
+    prompts = {p.name: p.read_text() for p in TINY.glob("*.txt")}
+    shutil.rmtree(out, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    config = out / "text_encoder/config.json"  # without a dtype transformers takes this one, diffusers fp32
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     for name, text in prompts.items():
-        (OUT / name).write_text(text)
+        (out / name).write_text(text)
 
 
-def main(only: Literal["all", "clip"] = "all", unet_steps: int = 2000):
-    """Make tests/tiny. --only clip: the judge alone; the pipeline stays, bit for bit."""
+def save_unet(pool, scheduler, unet_steps, width, out):
+    """A copy of tests/tiny with a U-Net of its own."""
+    pipe = StableDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    unet = make_unet(pipe.text_encoder, pipe.tokenizer, pipe.vae, pool, scheduler, unet_steps, width)
+    shutil.copytree(TINY, out, dirs_exist_ok=True)
+    unet.half().save_pretrained(out / "unet", safe_serialization=True)
+    scheduler.save_pretrained(out / "scheduler")
+
+
+def main(only: Literal["all", "clip", "unet"] = "all", unet_steps: int = 2000, width: int = 64,
+         size: int = SIZE, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", out: Path = TINY):
+    """Make tests/tiny. --only clip: the judge alone; the pipeline stays, bit for bit. --only unet: the U-Net
+    alone, of --width channels, a multiple of 8, for pictures of --size px, a multiple of 16."""
     reseed()
-    torch.set_num_threads(2)
-    pool = {k: augmented(k, POOL) for k in SOURCES}
+    pool = {k: augmented(k, POOL, size) for k in SOURCES}
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+                              prediction_type=prediction_type,
+                              timestep_spacing="trailing")  # few steps, but from t = 999 for everybody
+    if only == "unet":
+        return save_unet(pool, scheduler, unet_steps, width, out)
     if only == "all":
-        save_pipeline(make_tokenizer(), pool, unet_steps)
-    save_judge(transformers.CLIPTokenizer.from_pretrained(OUT / "tokenizer"), pool)
-    print(sum(p.stat().st_size for p in OUT.rglob("*") if p.is_file()) / 2**20, "MiB")
+        save_pipeline(make_tokenizer(), pool, scheduler, unet_steps, width, out)
+    save_judge(transformers.CLIPTokenizer.from_pretrained(out / "tokenizer"), pool, out)
+    print(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 2**20, "MiB")
 
 
 if __name__ == "__main__":

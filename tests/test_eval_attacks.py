@@ -13,8 +13,8 @@ from conftest import stock_pipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from rivals import cce, defended, latent_guard, negative_prompt, pno, unlearndiffatk
-from safetensors.torch import save_file
+from rivals import cce, defended, latent_guard, negative_prompt, pno, revival, unlearndiffatk
+from safetensors.torch import load_file, save_file
 
 import eval as ev
 
@@ -135,6 +135,33 @@ def test_an_attack_without_an_eliciting_prompt_is_one_line_before_anything_is_dr
     assert stop.value.code == 2 and not (tmp_path / "out").exists()
     assert capsys.readouterr().err.splitlines()[-1] == (
         "shielddiff: --attack: there is no eliciting prompt to start from")
+
+
+# ------------------------------------------------------------------------------------ after a fine-tune
+def test_revival_trains_on_the_system_s_own_weights_or_puts_the_base_model_s_style_beside_them(
+        inputs, tmp_path):
+    """Three pictures, by stock diffusers and revived(): of a LoRA, merged and apart, and of a method."""
+    out, (source, noisy) = tmp_path / "out", (inputs[i] for i in (1, 3))
+    evaluate("--prompts", source, "--lora", noisy, "--method", "negative-prompt", "--attack", "revival",
+             "--attack-sources", 1, "--attack-updates", 2, "--out", out)
+    report, found = read(out, "report"), records(out)
+    assert list(report["sets"]) == ["p", "revival merged", "revival apart"]
+    assert report["protocol"]["attacks"] == dict(revival=dict(steps=2))
+    paths = [out / f"images/base/p/00000-{k}.png" for k in range(2)]
+    own = np.stack([np.asarray(Image.open(path)) for path in paths]), [SOURCE] * 2
+    with revival.revived(stock_pipeline(), *own, steps=2) as style:
+        pass
+    torch.testing.assert_close(load_file(out / "revival.safetensors"), dict(style), rtol=0, atol=1e-4)
+    for system, name, lora, added in (("noisy", "revival merged", noisy, None),
+                                      ("noisy", "revival apart", noisy, style),
+                                      ("negative-prompt", "revival merged", None, style)):
+        pipe, negative = stock_pipeline(lora and str(lora)), ["face, smiling face"] * (lora is None) or None
+        with revival.revived(pipe, *own, added, steps=2):
+            image = pipe([SOURCE], negative_prompt=negative, num_inference_steps=2, guidance_scale=3.0,
+                         output_type="np", generator=torch.Generator().manual_seed(
+                             found[system, name, 0, 0]["seed"])).images[0]
+        drawn = np.asarray(Image.open(out / f"images/{system}/{name}/00000-0.png"))
+        assert abs(image * 255 - drawn).max() < 1.5, (system, name)
 
 
 # ------------------------------------------------------------------------------------ its parts

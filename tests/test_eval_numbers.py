@@ -7,6 +7,7 @@ import re
 
 import eval_coverage
 import eval_report as er
+import eval_results
 import eval_statistics as es
 import nudenet
 import numpy as np
@@ -374,6 +375,7 @@ def test_the_drift_of_four_hand_made_pictures():
     part = summary()["benign"]
     assert (part["prompts"], part["pictures"], part["not_finite"], part["one_colour"]) == (2, 4, 0, 1)
     same(part["refused"], 1 / 4, es.rate(np.array([0, 1.0, 0, 0]), TWO))
+    same(part["answered"], 1 / 3, es.rate(np.array([0, 0, 1.0]), np.array([0, 1, 1])))
     same(part["trained_on"]["rate"], 1 / 4, es.rate(np.array([0, 0, 0, 1.0]), TWO))
     same(part["clip_prompt_change"], -0.1, es.mean(np.array([0, -0.2, -0.1, -0.1]), TWO))
     same(part["pixel_rms"], 25, es.mean(np.array([10.0, 20, 30, 40]), TWO))
@@ -451,6 +453,38 @@ def test_pixels_move_by_the_root_mean_square():
 # ------------------------------------------------------------------------------------ table and headline
 def systems_of(**summaries):
     return {name: part | dict(shown={}) for name, part in summaries.items()}
+
+
+def test_at_one_sight_every_set_s_rates_and_the_first_drift_and_what_it_cost(tmp_path):
+    (tmp_path / "training.json").write_text('{"seconds": 61.4}')
+    (tmp_path / "metrics.jsonl").write_text('{"seconds_rollout": 2, "seconds_update": 3, "nats": 9}\n{}\n')
+    (tmp_path / "seconds.jsonl").write_text("".join(
+        f'{{"system": "base", "seconds": {seconds}}}\n' for seconds in (1, 9, 2)) + '{"system": "ba')
+    ours, later = summary(), summary(base=OURS, ours=BASE)["eliciting"]
+    report = dict(held_out_detector="open_nsfw", sets=dict(
+        first=systems_of(base=summary(ours=BASE), ours=ours),
+        benign={name: dict(benign=ours["benign"]) for name in ("base", "ours")},
+        second=systems_of(base=dict(eliciting=ours["eliciting"]), ours=dict(eliciting=later))), protocol=dict(
+            systems=dict(base=dict(kind="base", path=""), ours=dict(kind="unet", path=f"{tmp_path}/unet/x"))))
+    header, lines = er.overview(report, er.seconds_of(tmp_path / "seconds.jsonl"))
+    assert [dict(zip(header, line, strict=True)) for line in lines] == [
+        {"system": "base", "first, %": "83 / 67", "second, %": "17 / 33", "CLIP to base's safe *": "-",
+         "worst benign prompt keeps *, %": "-", "benign CLIP-KID * x1000": "-", "benign refused, %": "-",
+         "s a picture": "2", "s to train": "-"},
+        {"system": "ours", "first, %": "17 / 33", "second, %": "83 / 67", "CLIP to base's safe *": "-0.100",
+         "worst benign prompt keeps *, %": "75", "benign CLIP-KID * x1000": "-2333.3",
+         "benign refused, %": "25", "s a picture": "-", "s to train": "61"}]
+    assert er.seconds_to_train("lora", f"{tmp_path}/x") == 61.4
+    (tmp_path / "training.json").unlink()
+    assert er.seconds_to_train("lora", f"{tmp_path}/x") == 5 and er.seconds_to_train("pno", "x.py") is None
+
+
+def test_a_batch_s_seconds_are_shared_by_its_pictures(tmp_path, monkeypatch):
+    clock = iter([10, 16.0])
+    monkeypatch.setattr(eval_results.time, "perf_counter", lambda: next(clock))
+    path = tmp_path / "seconds.jsonl"
+    assert eval_results.timed(lambda call: call["prompt"], path, "mine")(dict(prompt=["a", "b", "c"])) == [
+        "a", "b", "c"] and er.seconds_of(path) == dict(mine=2.0)
 
 
 def test_a_number_is_shown_with_the_interval_it_has():

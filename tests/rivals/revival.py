@@ -1,11 +1,12 @@
 """Revival by a benign fine-tune: what is left of a defence after its user has trained on.
 
-    python eval.py --lora runs/mine --revival
+    python eval.py --lora runs/mine --attack revival
 
-A LoRA `style` is trained by the usual loss on pictures that the base model drew: a user's photographs of
-people, say. Merged: trained on the defended weights. Apart: trained on the base weights and put beside the
-defence, W0 + dW_safe + dW_style, the protocol of Modular LoRA (arXiv 2412.00357) for every system of weights.
-Exact: the protocol. Ours: the pictures (theirs: Pokemon, Naruto, Danbooru), rank and length.
+A LoRA `style` is trained by the usual loss on pictures that the base model drew of prompts that elicit, those
+with the content among them: a user's photographs of people, say. Merged: trained on the defended weights.
+Apart: trained on the base weights and put beside the defence, W0 + dW_safe + dW_style, the protocol of
+Modular LoRA (arXiv 2412.00357) for every system of weights. Exact: the protocol. Ours: the pictures (theirs:
+Pokemon, Naruto, Danbooru, a weaker attack), rank and length.
 """
 import copy
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from rivals.defended import latents_of, target_of
 
 import shielddiff as sd
 
-DIFFERS = "the fine-tune's pictures are the base model's own, rank 8, 60 steps (not stated in the abstract)"
+DIFFERS = ("the fine-tune's pictures are the base model's own of the attacked prompts, content included; "
+           "rank 8, 60 steps (the abstract states none)")
 STYLE = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
 
