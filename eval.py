@@ -846,7 +846,8 @@ def evaluate(args: Args):
         print(f"{', '.join(s.name for s in systems)} on {', '.join(sets)}: to {out}")
         runs = list_runs(setup, sets, inits, protocol, size, notes)
         measure(setup, systems, list_jobs(runs, args.seeds), sources, reference, seen, dict(
-            held_out_detector=rival, notes={k: v for k, v in notes.items() if v}, protocol=protocol))
+            held_out_detector=rival, notes={k: v for k, v in notes.items() if v}, found_on_base={},
+            protocol=protocol))
 
 
 def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size: int, notes: dict) -> dict:
@@ -865,11 +866,10 @@ def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size:
 def run_attacks(setup: Setup, systems: list[System], jobs: list[Job], sources: list[Row], report: dict):
     """The jobs and those of the attacks on each system, which are made and drawn here."""
     made = eval_attacks.of_each_system(setup, systems, switched_on, sources, jobs)
-    for name, rows, switch, path, notes in made:
+    for name, rows, switch, path, report["found_on_base"][name] in made:
         more = list_jobs({name: (rows, [None])}, setup.args.seeds)
         run_all(setup, systems, more, switch)
         jobs = jobs + more
-        report["notes"] |= notes
         report["protocol"]["prompt_sets"][name] = describe(str(path), rows)
     return jobs
 

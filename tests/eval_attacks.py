@@ -79,13 +79,14 @@ def ring_a_bell(setup, rows: list) -> Path:
 # ------------------------------------------------------------------------------------ of each system
 def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list):
     """Of each attack but Ring-A-Bell: (its set's name, the rows to draw, switched_on under the attack, the
-    file that says what it is, notes for the report). jobs: what the base model has drawn."""
+    file that says what it is, and {system: the obstacle for which it draws the base model's prompts}).
+    jobs: what the base model has drawn."""
     drawn, sets = [job for job in jobs if job.row in sources and job.init is None], {job.set for job in jobs}
     for attack in [a for a in DEFENDED if a in setup.args.attack]:
         found = attack_systems(setup, systems, switched_on, attack, drawn)
         yield (unused(attack, sets), [row for row in sources if row.prompt in found["base"]["texts"]],
                functools.partial(attacked, switched_on, found), setup.out / f"{attack}.json",
-               notes(attack, found))
+               {system: of["obstacle"] for system, of in found.items() if of["obstacle"]})
     if "revival" in setup.args.attack:
         found = base_pictures(setup, drawn, least=-1)
         own = np.concatenate([*found.values()]), [p for p, images in found.items() for _ in images]
@@ -155,13 +156,6 @@ def attack_systems(setup, systems: list, switched_on, name: str, jobs: list) -> 
         text = json.dumps(found, indent=1)
         write_atomically(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
     return found
-
-
-def notes(attack: str, found: dict[str, dict]) -> dict[str, int]:
-    """For the report: which systems draw prompts that were found on the base model."""
-    return {f"prompts of {attack} that {system} draws were found on the base model, a weaker attack: it "
-            f"cannot be differentiated ({of['obstacle']})": len(of["texts"])
-            for system, of in found.items() if of["obstacle"]}
 
 
 @contextmanager

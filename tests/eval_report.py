@@ -193,9 +193,10 @@ def overview(report: dict, seconds: dict[str, float]) -> tuple[list[str], list[l
         if numbers := next((numbers for numbers in found if any(numbers.values())), None):
             columns.append({name: shown(number) for name, number in numbers.items()})
             header.append(title)
-    short = functools.partial(point, scale=100)
+    short, weaker = functools.partial(point, scale=100), report["found_on_base"]
     lines = [[name, *(f"{short(s['trained_on']['rate'])} / {short(s['held_out'][rival]['rate'])}"
-                      for s in (sets[part][name]["eliciting"] for part in elicits)),
+                      + " †" * (name in weaker.get(part, {}))
+                      for part, s in ((part, sets[part][name]["eliciting"]) for part in elicits)),
               *(column[name] for column in columns)] for name in next(iter(sets.values()))]
     for line in lines:
         system = report["protocol"]["systems"][line[0]]
@@ -421,7 +422,7 @@ def html(report: dict, gallery: Gallery, seconds: dict[str, float]) -> str:
         charts=functools.partial(charts, counting=counting),
         trained_note=functools.partial(trained_note, report),
         caption_note=functools.partial(caption_note, report), seeds_note=seeds_note(report),
-        protocol_text=json.dumps(report["protocol"], indent=2),
+        weaker_notes=weaker_notes(report), protocol_text=json.dumps(report["protocol"], indent=2),
         picture=lambda system, name, pair: gallery.data_url(
             Key(system, pair["set"], pair["i"], pair["k"])))
 
@@ -440,6 +441,13 @@ def missing(report: dict) -> str:
     lines = published["not_to_be_had"] + [f"--{key.replace('_', '-')} is {value}" for key, value in
                                           published["overridden"].items()]
     return f"Not as in the code of {published['repository']}: {'; '.join(lines)}." if lines else ""
+
+
+def weaker_notes(report: dict) -> list[str]:
+    """Which systems draw prompts that an attack found on the base model."""
+    return [f"† {', '.join(systems)}: prompts of {name} that were found on the base model, a weaker attack, "
+            "as nothing can be differentiated through these"
+            for name, systems in report["found_on_base"].items() if systems]
 
 
 def trained_note(report: dict, name: str) -> str:
@@ -479,7 +487,7 @@ def write_report(report: dict, jobs: list, gallery: Gallery):
     try:
         seconds = seconds_of(out / "seconds.jsonl")
         if len(sets) > 1:
-            print(f"\n{text_table(*overview(report, seconds))}")
+            print("\n".join(["", text_table(*overview(report, seconds)), *weaker_notes(report)]))
         for name, systems in sets.items():
             lines = text_table(*table(systems, report["held_out_detector"], counting))
             print("\n".join(filter(None, (f"\n{name}{trained_note(report, name)}", lines,

@@ -3,6 +3,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import re
 from types import SimpleNamespace
 
 import eval_attacks
@@ -79,15 +80,15 @@ def test_each_attack_is_a_prompt_set_of_its_own_for_every_system(attacked):
 
 
 def test_a_system_that_cannot_be_differentiated_draws_the_base_s_prompts_and_the_report_says_so(attacked):
-    notes = read(attacked, "report")["notes"]
+    weaker, page = read(attacked, "report")["found_on_base"], (attacked / "report.html").read_text()
     for attack in ATTACKS:
         found = read(attacked, attack)
         assert list(found) == SYSTEMS
         assert found["crops"] == found["base"] | dict(obstacle="KeyError: 'generator'")
         assert found["base"]["obstacle"] == found["noisy"]["obstacle"] == ""
-        (note,) = [note for note in notes if f"of {attack} that crops draws" in note]
-        assert "weaker" in note and "KeyError" in note and notes[note] == 1
-    assert len(notes) == 2 and "that crops draws" in (attacked / "report.html").read_text()
+        assert f"† crops: prompts of {attack} that were found on the base model" in page
+    assert weaker == dict.fromkeys(ATTACKS, dict(crops="KeyError: 'generator'"))
+    assert len(re.findall(r"<td>[\d-]+ / [\d-]+ †</td>", page)) == 2
 
 
 @pytest.mark.parametrize("system", SYSTEMS[:2])

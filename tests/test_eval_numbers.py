@@ -461,7 +461,7 @@ def test_at_one_sight_every_set_s_rates_and_the_first_drift_and_what_it_cost(tmp
     (tmp_path / "seconds.jsonl").write_text("".join(
         f'{{"system": "base", "seconds": {seconds}}}\n' for seconds in (1, 9, 2)) + '{"system": "ba')
     ours, later = summary(), summary(base=OURS, ours=BASE)["eliciting"]
-    report = dict(held_out_detector="open_nsfw", sets=dict(
+    report = dict(held_out_detector="open_nsfw", found_on_base=dict(second=dict(ours="why")), sets=dict(
         first=systems_of(base=summary(ours=BASE), ours=ours),
         benign={name: dict(benign=ours["benign"]) for name in ("base", "ours")},
         second=systems_of(base=dict(eliciting=ours["eliciting"]), ours=dict(eliciting=later))), protocol=dict(
@@ -471,7 +471,7 @@ def test_at_one_sight_every_set_s_rates_and_the_first_drift_and_what_it_cost(tmp
         {"system": "base", "first, %": "83 / 67", "second, %": "17 / 33", "CLIP to base's safe *": "-",
          "worst benign prompt keeps *, %": "-", "benign CLIP-KID * x1000": "-", "benign refused, %": "-",
          "s a picture": "2", "s to train": "-"},
-        {"system": "ours", "first, %": "17 / 33", "second, %": "83 / 67", "CLIP to base's safe *": "-0.100",
+        {"system": "ours", "first, %": "17 / 33", "second, %": "83 / 67 †", "CLIP to base's safe *": "-0.100",
          "worst benign prompt keeps *, %": "75", "benign CLIP-KID * x1000": "-2333.3",
          "benign refused, %": "25", "s a picture": "-", "s to train": "61"}]
     assert er.seconds_to_train("lora", f"{tmp_path}/x") == 61.4
@@ -593,8 +593,8 @@ def written(out, pictures, uncensored=False, labels=sd.NUDITY):
                     clip=dict(model="c", is_reward=True), seeds=dict(per_prompt=2),
                     published=dict(name="ours", not_to_be_had=[], overridden={}),
                     nudenet=dict(thresholds=ev.Args.thresholds, rule="boxes"))
-    report = dict(headline="h", held_out_detector="open_nsfw", notes={}, sets=sets, protocol=protocol,
-                  trained_prompts=dict(p=1), without_caption=dict(p=0))
+    report = dict(headline="h", held_out_detector="open_nsfw", notes={}, found_on_base={}, sets=sets,
+                  protocol=protocol, trained_prompts=dict(p=1), without_caption=dict(p=0))
     write_report(report, [job], Gallery(out, tables, sd.load_nudenet(), labels, uncensored))
     page = (out / "report.html").read_text()
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
