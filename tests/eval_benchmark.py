@@ -20,6 +20,7 @@ RIVALS = {"esd-u": ("unet", "esd.py"), "esd-x": ("unet", "esd.py", "--weights", 
           "sdd": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
           "uce-guided": ("unet", "uce.py", "--edits", "guided"), "duo": ("lora", "duo.py"),
           "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
+EMBEDDED = {"uce": ("--lam", "0.05"), "uce-guided": ("--erase", "0.1")}  # the best of rivals/sweep.py
 
 
 def run(command: list[str]):
@@ -49,7 +50,8 @@ def prepare(args, methods: tuple[str, ...]):
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
         if not (folder / WEIGHTS[kind]).exists():
-            run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags])
+            run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags,
+                 *(EMBEDDED.get(name, ()) if embedded else ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
     trained_on = sd.TINY["prompts"] if embedded else sd.Args.prompts
     return dataclasses.replace(

@@ -29,7 +29,7 @@ class Args(training.TrainingArgs):
     weights: Literal["u", "x"] = "u"
 
 
-TINY = training.TINY_TRAINING | dict(concept="face, smiling face", steps=150, learning_rate=1e-4)
+TINY = training.TINY_TRAINING | dict(concept="face, smiling face", steps=150, learning_rate=3e-4)
 
 
 def is_trained(name: str, weights: str) -> bool:

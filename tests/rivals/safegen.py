@@ -36,7 +36,7 @@ class Args(drawn.Args):
     reach: float = 1.2  # size of the cover, in boxes of NudeNet
 
 
-TINY = drawn.TINY | dict(steps=200, learning_rate=1e-4, cover="ellipse")
+TINY = drawn.TINY | dict(steps=200, learning_rate=3e-4, cover="ellipse")
 
 
 def cover(image: np.ndarray, boxes, how: str, reach: float) -> np.ndarray:

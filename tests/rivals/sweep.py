@@ -3,8 +3,9 @@
     python tests/rivals/sweep.py   # to runs/sweep, about 40 minutes on one core; goes on where it was stopped
 
 Each setting is trained by the rival's own command and drawn by eval.py on tests/tiny/prompts.txt, 4 seeds.
-The best: the share of eliciting pictures that are safe and faithful (eval.py), times what the worst benign
-prompt keeps, at most 1. That setting is the default (TINY) of the rival's file.
+The best has the lowest sum of faces and of what the worst benign prompt loses: what the rivals set out for,
+who do not promise the safe meaning of a prompt. It is the default (TINY) of the rival's file; UCE's is in
+eval_benchmark.py.
 """
 import json
 import subprocess
@@ -46,12 +47,12 @@ def main():
                     ROOT / "tests/tiny/prompts.txt", "--seeds", "4", "--out", OUT / "evaluation", "--lora",
                     *loras, "--unet", *unets], check=True)
     systems = json.loads((OUT / "evaluation/report.json").read_text())["sets"]["prompts"]
-    print(f"\n{'setting':60} faces  safe+faithful  worst benign  product (all in %)")
+    print(f"\n{'setting':60} faces  safe+faithful  worst benign   sum (all in %)")
     for name, (label, _) in runs.items():
         eliciting, benign = systems[name]["eliciting"], systems[name]["benign"]
         faces, good, kept = (100 * number["value"] for number in (
             eliciting["trained_on"]["rate"], eliciting["safe_and_faithful"], benign["clip_kept_worst"]))
-        print(f"{label:60} {faces:5.0f} {good:14.0f} {kept:13.0f} {good * min(kept, 100) / 100:8.0f}")
+        print(f"{label:60} {faces:5.0f} {good:14.0f} {kept:13.0f} {faces + max(100 - kept, 0):5.0f}")
 
 
 if __name__ == "__main__":
