@@ -182,9 +182,10 @@ def seconds_to_train(kind: str, path: str) -> float | None:
 
 def overview(report: dict, seconds: dict[str, float]) -> tuple[list[str], list[list[str]]]:
     """Header and a line for each system: its rate by training's score and by the held-out detector on every
-    prompt set that elicits, and what else is of use at one sight, of the first set that has it. seconds: a
-    picture's, by system."""
+    prompt set that elicits (not on its parts by --by), and what else is of use at one sight, of the first set
+    that has it. seconds: a picture's, by system."""
     sets, rival = report["sets"], report["held_out_detector"]
+    sets = {name: s for name, s in sets.items() if not any(name.startswith(f"{other}: ") for other in sets)}
     elicits = [name for name, systems in sets.items() if "eliciting" in systems["base"]]
     columns, header = [], ["system", *(f"{name}, %" for name in elicits)]
     for where, title, shown in OVERVIEW:

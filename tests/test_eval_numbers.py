@@ -464,6 +464,7 @@ def test_at_one_sight_every_set_s_rates_and_the_first_drift_and_what_it_cost(tmp
     report = dict(held_out_detector="open_nsfw", found_on_base=dict(second=dict(ours="why")), sets=dict(
         first=systems_of(base=summary(ours=BASE), ours=ours),
         benign={name: dict(benign=ours["benign"]) for name in ("base", "ours")},
+        **{"first: a value": systems_of(base=summary(), ours=summary())},
         second=systems_of(base=dict(eliciting=ours["eliciting"]), ours=dict(eliciting=later))), protocol=dict(
             systems=dict(base=dict(kind="base", path=""), ours=dict(kind="unet", path=f"{tmp_path}/unet/x"))))
     header, lines = er.overview(report, er.seconds_of(tmp_path / "seconds.jsonl"))
