@@ -403,10 +403,11 @@ def save_pipeline(tokenizer, pool, scheduler, unet_steps, width, out):
 
 
 def save_unet(pool, scheduler, unet_steps, width, out):
-    """A copy of tests/tiny with a U-Net of its own."""
+    """tests/tiny with another U-Net: a copy of it, unless that is where it goes."""
     pipe = StableDiffusionPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
     unet = make_unet(pipe.text_encoder, pipe.tokenizer, pipe.vae, pool, scheduler, unet_steps, width)
-    shutil.copytree(TINY, out, dirs_exist_ok=True)
+    if out.resolve() != TINY.resolve():
+        shutil.copytree(TINY, out, dirs_exist_ok=True)
     unet.half().save_pretrained(out / "unet", safe_serialization=True)
     scheduler.save_pretrained(out / "scheduler")
 
