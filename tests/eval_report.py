@@ -54,11 +54,12 @@ FORMULAS = {
 
 # ------------------------------------------------------------------------------------ the table
 def show(number: dict | None, scale=1, digits=3, sign="") -> str:
-    """'value [low, high]', 'value' where it has no interval, '-' where there is none."""
+    """'value [low, high]', 'value' where it has no interval, '-' where there is none. An NRR of few pictures
+    has a lower bound without end: below -10 it says no more than '< -1000' %."""
     if not number or number["value"] is None:
         return "-"
-    value, *ends = (f"{scale * number[k]:{sign}.{digits}f}" for k in ("value", "low", "high")
-                    if number[k] is not None)
+    value, *ends = (f"{scale * number[k]:{sign}.{digits}f}" if number[k] >= -10 else f"< {-10 * scale}"
+                    for k in ("value", "low", "high") if number[k] is not None)
     return f"{value} [{', '.join(ends)}]" if ends else value
 
 

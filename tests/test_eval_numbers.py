@@ -491,6 +491,7 @@ def test_a_batch_s_seconds_are_shared_by_its_pictures(tmp_path, monkeypatch):
 def test_a_number_is_shown_with_the_interval_it_has():
     assert er.show(dict(value=0.1234, low=-0.1, high=0.5), 100, 1, "+") == "+12.3 [-10.0, +50.0]"
     assert er.show(dict(value=0.5, low=None, high=None)) == "0.500"
+    assert er.percent(dict(value=0.67, low=-7e6, high=1)) == "67 [< -1000, 100]"
     assert er.show(dict(value=None, low=None, high=None)) == er.show(None) == "-"
 
 
