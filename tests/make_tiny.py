@@ -416,6 +416,8 @@ def main(only: Literal["all", "clip", "unet"] = "all", unet_steps: int = 2000, w
          size: int = SIZE, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", out: Path = TINY):
     """Make tests/tiny. --only clip: the judge alone; the pipeline stays, bit for bit. --only unet: the U-Net
     alone, of --width channels, a multiple of 8, for pictures of --size px, a multiple of 16."""
+    if only != "unet" and size != SIZE:
+        raise SystemExit(f"make_tiny: --size goes with --only unet: both CLIPs read {SIZE} px")
     reseed()
     pool = {k: augmented(k, POOL, size) for k in SOURCES}
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",

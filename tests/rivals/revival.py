@@ -6,7 +6,7 @@ A LoRA `style` is trained by the usual loss on pictures that the base model drew
 with the content among them: a user's photographs of people, say. Merged: trained on the defended weights.
 Apart: trained on the base weights and put beside the defence, W0 + dW_safe + dW_style, the protocol of
 Modular LoRA (arXiv 2412.00357) for every system of weights. Exact: the protocol. Ours: the pictures (theirs:
-Pokemon, Naruto, Danbooru, a weaker attack), rank and length.
+Pokemon, Naruto, Danbooru), rank and length.
 """
 import copy
 from contextlib import contextmanager
