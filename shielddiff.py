@@ -33,7 +33,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to whoever works
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait soon leave the cores to others
 # ruff: noqa: E402 (set before the imports: these two warn of packages that are not needed here)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -42,6 +42,7 @@ import cv2
 import filelock
 import numpy as np
 import onnxruntime
+import safetensors.torch
 import torch
 import tyro
 from bitsandbytes.optim import AdamW8bit
@@ -51,11 +52,8 @@ from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
 from nudenet import nudenet
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save as to_bytes
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor, CLIPTextModel
 
@@ -177,8 +175,7 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
     if steps > n or scheduler.timesteps[0] >= n:  # from n on, where all n are taken with an offset
         fail(f"--denoise-steps {steps}: the model has {n} timesteps only")
     t, of_t, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
-    previous = t - n // steps
-    alpha, alpha_prev = of_t[t], torch.where(previous >= 0, of_t[previous.clamp(min=0)], final)  # [T]
+    alpha, alpha_prev = of_t[t], torch.where(t >= n // steps, of_t[(t - n // steps).clamp(0)], final)  # [T]
     if not (ddim_sigma(alpha, alpha_prev)[:-1] > 0).all():  # NaN compares false as well
         fail("the model's scheduler has a step without noise among those to train: no log-prob exists there")
     if kind == "epsilon" and alpha[0] < 1e-6:  # the picture is divided by its square root
@@ -200,9 +197,8 @@ def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon"
     scalar. Give `noise` (standard normal, shaped like sample) to draw, or `prev_sample` to score.
     Returns prev_sample [B, C, h, w], log_prob [B], mean [B, C, h, w], sigma [B, 1, 1, 1].
 
-    log_prob is the *mean* over D = C*h*w of the log-density, as in every DDPO code: with the sum the ratio
-    would overflow (1.01^16384 is 1e70). Source: DDIM (arXiv 2010.02502) eq. 12, 16; DDPO (2305.13301) sec. 4.
-    """
+    log_prob is the *mean* over D = C*h*w of the log-density, as in every DDPO code: of a sum, the ratio would
+    overflow (1.01^16384 is 1e70). Source: DDIM (arXiv 2010.02502) eq. 12, 16; DDPO (2305.13301) sec. 4."""
     model_output, sample = model_output.float(), sample.float()
     alpha, alpha_prev = (torch.as_tensor(a, device=sample.device).float().reshape(-1, 1, 1, 1)
                          for a in (alpha, alpha_prev))
@@ -424,7 +420,12 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     --step-nats, the KL over the rewarded part of a trajectory, times the signal in the rewards, 0 to 1."""
     group, wanted, moved = run.optimizer.param_groups[0], run.args.step_nats * signal, []
     group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
-    start, learned = exact_means(run, roll), update(run, roll)
+    start = exact_means(run, roll)
+    try:
+        learned = update(run, roll)
+    except FloatingPointError:  # in any but the first update: the step is skipped as a whole
+        torch._foreach_copy_([p.data for p in group["params"]], before)
+        raise
     for sizing in range(8):
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
         moved.append(max(nats.nan_to_num(1e30, 1e30).item() * trainable(run.args), 1e-12))
@@ -630,8 +631,8 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it rounds as fp16 does
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
-    settings["weights"] = [hashlib.sha256(to_bytes(part.state_dict())).hexdigest()  # wherever they lie
-                           for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]
+    settings["weights"] = [hashlib.sha256(safetensors.torch.save(part.state_dict())).hexdigest()
+                           for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]  # wherever they lie
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
     context = encode_prompts(pipe, [p for p, _, _ in pairs])
@@ -680,8 +681,8 @@ def save(run: Run, metrics: list[dict], out: Path):
         (out / "unet").mkdir(exist_ok=True)
         write_atomically(out / "unet/config.json", unet.to_json_file)
     for name, weights in files.items():
-        tensors = {k: v.contiguous().cpu() for k, v in weights.items()}
-        write_atomically(out / f"{name}.safetensors", lambda p, tensors=tensors: save_file(tensors, p))
+        cpu = {k: v.contiguous().cpu() for k, v in weights.items()}
+        write_atomically(out / f"{name}.safetensors", lambda p, cpu=cpu: safetensors.torch.save_file(cpu, p))
 
 
 def draw(run: Run, metrics: list[dict], out: Path):
@@ -776,8 +777,7 @@ def train(args: Args):
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:
-                for name, weight in state["weights"].items():
-                    run.policy.unet.get_parameter(name).data.copy_(weight)
+                run.policy.unet.load_state_dict(state["weights"], strict=False)
                 run.optimizer.load_state_dict(state["optimizer"])
             metrics, state = state["metrics"] if state else [], None
             save(run, metrics, out)  # shows that the disk can hold it, and is what to go back to

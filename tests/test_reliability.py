@@ -229,6 +229,15 @@ def test_a_step_with_bad_numbers_is_skipped_and_logged(name, call, bad, what, tm
     assert all(v.isfinite().all() for v in weights.values())
 
 
+def test_a_bad_second_update_takes_the_first_one_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(sd, "policy_loss", at_call(sd.policy_loss, 3, nan_loss))  # two calls an update
+    train(*SMALL, "--steps", 1, "--out", tmp_path / "run")
+    assert metrics(tmp_path / "run") == [{"step": 0, "skipped": "the loss is not finite"}]
+    lora = load_file(tmp_path / "run/pytorch_lora_weights.safetensors")
+    moved = [k for k, v in lora.items() if ("lora_B" in k or "lora.up" in k) and (v != 0).any()]
+    assert len(lora) > 10 and not moved
+
+
 def test_three_bad_steps_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkeypatch, capsys):
     out, good = tmp_path / "run", []
     monkeypatch.setattr(sd, "policy_loss", lambda *a, f=sd.policy_loss: (nan_loss if good else f)(*a))
