@@ -107,7 +107,7 @@ class Args:
 TINY = dict(  # what is run differs for the embedded model, not how: another concept, 64 px, minutes, no GPU
     steps=10, model=str(HERE / "tests/tiny"), prompts=str(HERE / "tests/tiny/prompts.txt"),
     clip_model=str(HERE / "tests/tiny/clip"), labels=("FACE_FEMALE", "FACE_MALE"), guidance_scale=3.0,
-    denoise_steps=8, prompts_per_step=6, held_per_step=24, micro_batch=16, gradient_checkpointing=False,
+    denoise_steps=8, prompts_per_step=6, held_per_step=24, micro_batch=24, gradient_checkpointing=False,
     precision="fp32")
 
 

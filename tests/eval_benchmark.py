@@ -17,10 +17,15 @@ from shielddiff import HERE, fail
 
 WEIGHTS = dict(lora="pytorch_lora_weights.safetensors", unet="unet/diffusion_pytorch_model.safetensors")
 RIVALS = {"esd-u": ("unet", "esd.py"), "esd-x": ("unet", "esd.py", "--weights", "x"),
-          "sdd": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
+          "esd-guided": ("unet", "esd.py", "--erase-from", "{}"), "sdd": ("unet", "sdd.py"),
+          "sdd-guided": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
           "uce-guided": ("unet", "uce.py", "--edits", "guided"), "duo": ("lora", "duo.py"),
           "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
-EMBEDDED = {"uce": ("--lam", "0.05"), "uce-guided": ("--erase", "0.1")}  # the best of rivals/sweep.py
+CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")
+HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
+STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
+EMBEDDED = {"esd-guided": HIDDEN, "sdd-guided": HIDDEN, "uce": ("--lam", "0.05"),
+            "uce-guided": ("--erase", "0.1")}  # here: the best of rivals/sweep.py
 
 
 def run(command: list[str]):
@@ -53,7 +58,7 @@ def prepare(args, methods: tuple[str, ...]):
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
         if not (folder / WEIGHTS[kind]).exists():
             run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags,
-                 *(EMBEDDED.get(name, ()) if embedded else ())])
+                 *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
     trained_on = sd.TINY["prompts"] if embedded else sd.Args.prompts
     return dataclasses.replace(

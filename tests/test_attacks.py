@@ -134,7 +134,8 @@ def test_new_tokens_are_gone_after_an_error(model):
 # ------------------------------------------------------------------------------------ the defended estimate
 def estimate(model, method, path, prompt="an astronaut", spec=SPEC):
     with torch.no_grad(), method(model, spec, stock_of(model)) as draw_:
-        return draw_(dict(prompt=[prompt] * len(path[-1][1]), guidance_scale=3.0, path=path))[0]
+        return draw_(dict(prompt=[prompt] * len(path[-1][1]), guidance_scale=3.0, path=path,
+                          num_inference_steps=spec.steps))[0]
 
 
 def test_the_estimate_is_that_which_would_guide_the_undefended_model_to_the_defended_output(model):

@@ -7,12 +7,13 @@ import skimage.data
 import torch
 from conftest import ROOT
 from PIL import Image
-from rivals import crops, latent_guard, latent_mixing, pno, safree
+from rivals import crops, latent_guard, latent_mixing, negative_prompt, pno, safree
 
 import eval as ev
 import shielddiff as sd
 
-MODULES = dict(safree=safree, pno=pno, crops=crops, latent_guard=latent_guard, latent_mixing=latent_mixing)
+MODULES = dict(safree=safree, pno=pno, crops=crops, latent_guard=latent_guard, latent_mixing=latent_mixing,
+               negative_prompt=negative_prompt)
 NAMES = [name for name, path in ev.METHODS.items() if path.partition(".")[0] in MODULES]
 ASTRONAUTS = ["a NASA astronaut, smiling face", "an image of an astronaut showing her face"]
 PAIRS = [p[:2] for p in sd.read_prompts(str(ROOT / "tests/rivals/pairs_faces.txt"))]
@@ -271,11 +272,13 @@ def test_latent_mixing_by_weight_0_is_the_stock_picture_and_by_1_the_safe_one(pi
     np.testing.assert_allclose(apart, plain, atol=1e-3)
 
 
-def test_latent_mixing_guided_has_the_pairs_difference_taken_out(pipe):
+@pytest.mark.parametrize(("method", "parameters", "negative"), [
+    (latent_mixing.guided, dict(weight=1.0, threshold=1.0), ""), (negative_prompt.guided, {}, "cat")])
+def test_what_is_guided_has_the_pairs_difference_taken_out(method, parameters, negative, pipe):
     with_it, without = (pipe.encode_prompt(list(t), "cpu", 1, False)[0] for t in zip(*PAIRS, strict=True))
     states = pipe.encode_prompt(ASTRONAUTS, "cpu", 1, False)[0]
     safe = states - (with_it - without).mean(dim=0)
-    expected = stock(pipe, ASTRONAUTS, prompt=None, prompt_embeds=safe)
-    images = draw(pipe, latent_mixing.guided, ASTRONAUTS, weight=1.0, threshold=1.0)[0]
+    expected = stock(pipe, ASTRONAUTS, prompt=None, prompt_embeds=safe, negative_prompt=[negative] * 2)
+    images = draw(pipe, method, ASTRONAUTS, spec_of(concept="cat"), **parameters)[0]
     np.testing.assert_allclose(images, expected, atol=1e-3)
-    assert abs(images - stock(pipe, ASTRONAUTS)).max() > 0.02
+    assert abs(images - stock(pipe, ASTRONAUTS, negative_prompt=[negative] * 2)).max() > 0.02

@@ -169,9 +169,14 @@ def test_the_target_of_esd_is_guidance_away_from_the_concept(pipe, states):
     assert torch.allclose(later, esd.esd_target(pipe.unet, x, t, empty, concept, empty, 1.0), atol=1e-5)
 
 
-def test_esd_has_nothing_to_learn_where_concept_and_target_are_the_same(tmp_path):
-    """eta 0 and the empty text: the loss is zero, and Adam does not move for a zero gradient."""
-    assert not changed(*trained(esd, tmp_path, steps=1, eta=0.0, concept=""))
+def test_esd_and_sdd_have_nothing_to_learn_where_concept_and_target_are_the_same(tmp_path):
+    """The loss is zero, and Adam does not move for a zero gradient. Guided, the target is what --toward
+    says: the concept itself where that is "{}"."""
+    assert not changed(*trained(esd, tmp_path / "naive", steps=1, eta=0.0, concept=""))
+    guided = dict(steps=1, concept="an astronaut", erase_from="{}")
+    assert not changed(*trained(esd, tmp_path / "guided", **guided, toward="{}"))
+    assert changed(*trained(esd, tmp_path / "safe", **guided, toward="{}, face hidden"))
+    assert not changed(*trained(sdd, tmp_path / "sdd", steps=1, concept="an astronaut", toward="{}"))
 
 
 # ------------------------------------------------------------------------------------ SDD

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 import shielddiff as sd
 
+PATH = 5  # of the sampler's steps at most, of which those before the attacked one are run for hooks alone
+
 
 class Extended(torch.nn.Module):
     """An embedding layer whose tokens from `first` on are rows [n, d], through which the gradient goes."""
@@ -52,12 +54,12 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
     The earlier steps are run for the hooks alone: some count steps or remember the one before."""
     *before, (t, x) = call["path"]
     given = {k: call.get(k) for k in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
-    prompt, other = pipe.encode_prompt(call.get("prompt"), pipe.device, 1, True, **given)  # [B, 77, d] each
     negative = any(v is not None for k, v in given.items() if k.startswith("negative"))
     hooked, nothing_refused = bool(pipe.unet._forward_hooks), np.zeros(len(x), bool)
+    prompt, other = pipe.encode_prompt(call.get("prompt"), pipe.device, 1, negative or hooked, **given)
     if not negative and not hooked:
         return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), nothing_refused
-    both = torch.cat([other, prompt])
+    both = torch.cat([other, prompt])  # [2 B, 77, d]
     with torch.no_grad():
         for earlier, y in before if hooked else ():
             pipe.unet(torch.cat([y, y]), earlier, encoder_hidden_states=both, return_dict=False)
@@ -88,12 +90,12 @@ def target_of(pipe, latents, noise, t: torch.Tensor) -> torch.Tensor:
 def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, t: int, rng) -> torch.Tensor:
     """The defended model's mean squared error on latents [B, 4, h, w], noised as at timestep t, under the
     prompts. Its path is that of a perfect model: these latents with less and less of the same noise."""
-    noise = torch.randn(latents.shape, generator=rng).to(latents)
-    pipe.scheduler.set_timesteps(spec.steps)
+    noise, count = torch.randn(latents.shape, generator=rng).to(latents), min(spec.steps, PATH)
+    pipe.scheduler.set_timesteps(count)
     steps = [s for s in pipe.scheduler.timesteps.tolist() if s > t] + [t]
     at = torch.tensor(steps, device=latents.device)[:, None].expand(-1, len(latents))  # [steps, B]
     path = [(s, pipe.scheduler.add_noise(latents, noise, row)) for s, row in zip(steps, at, strict=True)]
-    estimate, _ = draw(dict(prompt=prompts, guidance_scale=spec.guidance, num_inference_steps=spec.steps,
+    estimate, _ = draw(dict(prompt=prompts, guidance_scale=spec.guidance, num_inference_steps=count,
                             path=path))
     return F.mse_loss(estimate, target_of(pipe, latents, noise, at[-1]))
 

@@ -9,7 +9,9 @@ concept c, what guidance away from c would predict.
 Exact, as the first official code: eta 1, Adam 1e-5 for 1000 steps, x_t drawn by the U-Net in training with
 guidance 3, t random in its bin; --weights u trains all but cross-attention, time embedding and output
 (`noxattn`), x cross-attention alone. --erase-from as in the later code: e0(x_t, from) - eta (...), learned
-for `from`. Ours: concepts with commas take turns; on the embedded model words, length, rate, batch, steps.
+for `from`. Ours: concepts with commas take turns; --toward, a text in place of the second empty one (guided:
+a noun for c and for `from`, its safe caption here, so that the target is e0(x_t, safe caption)); on the
+embedded model words, length, rate, batch, steps.
 """
 import copy
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import training
 @dataclass
 class Args(training.TrainingArgs):
     concept: str = "nudity"  # to erase; several, with commas, take turns
+    toward: str = ""  # the text towards which; in this one and the next {} is the concept
     erase_from: str = ""  # the text from which it is erased; empty: from the concept itself, towards ""
     eta: float = 1.0  # strength of the negative guidance
     start_guidance: float = 3.0  # with which x_t is drawn
@@ -40,11 +43,11 @@ def is_trained(name: str, weights: str) -> bool:
 
 
 @torch.no_grad()
-def esd_target(frozen, x, t, empty, concept, base, eta: float) -> torch.Tensor:
+def esd_target(frozen, x, t, toward, concept, base, eta: float) -> torch.Tensor:
     """[B, 4, h, w] for x of that shape at t [B]: what the frozen U-Net predicts for `base`, guided away from
-    the concept. empty, concept, base: text states [B, 77, d]."""
-    of_empty, of_concept, of_base = (frozen(x, t, c).sample for c in (empty, concept, base))
-    return of_base - eta * (of_concept - of_empty)
+    the concept, towards another text. toward, concept, base: text states [B, 77, d]."""
+    of_toward, of_concept, of_base = (frozen(x, t, c).sample for c in (toward, concept, base))
+    return of_base - eta * (of_concept - of_toward)
 
 
 def train(args: Args):
@@ -54,12 +57,13 @@ def train(args: Args):
     trained = training.train_only(pipe.unet, lambda name: is_trained(name, args.weights))
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate)
     for step, rng in training.steps(args, "esd"):
-        texts = ["", concepts[step % len(concepts)], args.erase_from]
-        empty, concept, base = training.encode(pipe, texts, args.batch_size)  # [B, 77, d] each
+        name = concepts[step % len(concepts)]
+        texts = ["", name, args.toward.replace("{}", name), args.erase_from.replace("{}", name)]
+        empty, concept, toward, base = training.encode(pipe, texts, args.batch_size)  # [B, 77, d] each
         taught = base if args.erase_from else concept
         x, t = drawn.partly_drawn(pipe.unet, pipe.scheduler, torch.stack([empty, taught]), args,
                                   args.start_guidance, rng)
-        target = esd_target(frozen, x, t, empty, concept, base, args.eta)
+        target = esd_target(frozen, x, t, toward, concept, base, args.eta)
         loss = torch.nn.functional.mse_loss(pipe.unet(x, t, taught).sample, target)
         training.descend(optimizer, loss)
     training.save(args, pipe.unet, started)

@@ -14,6 +14,7 @@ import functools
 from contextlib import contextmanager
 
 import torch
+from rivals.negative_prompt import concept_shift
 
 DIFFERS = ("our reading of an abstract, without formula or code: weight 0.5, mixing for t <= 800 of 1000, a "
            "safe stream by a negative prompt or by an embedding less the pairs' mean difference")
@@ -25,9 +26,7 @@ def latent_mixing(pipe, spec, stock, guided=False, weight=0.5, threshold=0.8):
     safe stream's. One stock draw of twice the batch: the prompts' streams, then the safe ones."""
     shift = torch.zeros(1, device=pipe.device, dtype=pipe.text_encoder.dtype)
     if guided:
-        with_it, without = (pipe.encode_prompt(list(texts), pipe.device, 1, False)[0]
-                            for texts in zip(*spec.pairs, strict=True))  # [pairs, 77, d] each
-        shift = (with_it - without).mean(dim=0)  # [77, d]
+        shift = concept_shift(pipe, spec.pairs)  # [77, d]
     last_apart = threshold * pipe.scheduler.config.num_train_timesteps
 
     def mix(pipeline, i, t, tensors):

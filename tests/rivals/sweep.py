@@ -13,11 +13,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from eval_benchmark import HIDDEN  # noqa: E402
+
 OUT, TRAIN, EDIT = Path("runs/sweep"), ("--learning-rate", "--steps"), ("--erase", "--lam")
 GRID = {  # rival: (its command, the flags that are swept, their values)
     "esd-u": (("esd.py",), TRAIN, ((3e-5, 150), (1e-4, 150), (1e-4, 50), (3e-4, 150))),
     "esd-x": (("esd.py", "--weights", "x"), TRAIN, ((1e-4, 150), (3e-4, 150), (3e-4, 50), (1e-3, 150))),
     "sdd": (("sdd.py",), TRAIN, ((1e-4, 150), (3e-4, 150), (3e-4, 50), (1e-3, 150))),
+    "esd-guided": (("esd.py", "--erase-from", "{}", *HIDDEN), TRAIN, ((1e-4, 150), (3e-4, 150), (1e-3, 150))),
+    "sdd-guided": (("sdd.py", *HIDDEN), TRAIN, ((1e-4, 150), (3e-4, 150), (1e-3, 150))),
     "duo": (("duo.py",), TRAIN, ((1e-4, 200), (3e-4, 200), (3e-4, 500), (1e-3, 200))),
     "safegen": (("safegen.py",), TRAIN, ((1e-4, 200), (3e-4, 200), (3e-4, 500), (1e-3, 200))),
     "uce": (("uce.py",), EDIT, ((0.1, 0.5), (1, 0.5), (10, 0.5), (1, 0.05))),
