@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
 
-from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+import shielddiff as sd  # noqa: E402 (before torch, which reads once how threads wait)
 
-import shielddiff as sd  # noqa: E402
+# isort: split
+import torch  # noqa: E402
+from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 
 
 def cli(*arguments, script="shielddiff.py", timeout=900):

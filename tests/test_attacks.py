@@ -186,6 +186,27 @@ def test_the_gradient_reaches_the_token_through_what_the_method_does(method, mod
         assert abs(loss - of_base) > 1e-5 and (slope - slope_of_base).norm() > 0.01 * slope.norm()
 
 
+def test_the_path_of_a_long_sampler_is_a_short_sampler_s_and_says_so(model, astronauts):
+    """Hooks that count steps or scale to them have to know; the noise is one, and the last step is t."""
+    calls, latents = [], defended.latents_of(model, astronauts[:1])
+
+    def seen(call):
+        calls.append(call)
+        return stock_of(model)(call)
+
+    with torch.no_grad():
+        for steps in (50, 3):
+            defended.denoising_loss(model, seen, SimpleNamespace(**vars(SPEC) | dict(steps=steps)), [SOURCE],
+                                    latents, 100, sd.generator(0))
+    for call, count in zip(calls, (5, 3), strict=True):
+        model.scheduler.set_timesteps(count)
+        times = [t for t in model.scheduler.timesteps.tolist() if t > 100]
+        assert call["num_inference_steps"] == count and [t for t, _ in call["path"]] == [*times, 100]
+        noise = [(x - a.sqrt() * latents) / (1 - a).sqrt() for t, x in call["path"]
+                 for a in (model.scheduler.alphas_cumprod[t],)]
+        assert all(torch.allclose(n, noise[0], atol=1e-3) for n in noise)
+
+
 # ------------------------------------------------------------------------------------ the attacks
 def denoising(model, method, text, pictures, rows):
     """The attacks' own objective, over eight fixed noises and four timesteps."""
