@@ -16,9 +16,8 @@ import shielddiff as sd
 from shielddiff import HERE, fail
 
 WEIGHTS = dict(lora="pytorch_lora_weights.safetensors", unet="unet/diffusion_pytorch_model.safetensors")
-RIVALS = {"esd-u": ("unet", "esd.py"), "esd-x": ("unet", "esd.py", "--weights", "x"),
-          "esd-guided": ("unet", "esd.py", "--erase-from", "{}"), "sdd": ("unet", "sdd.py"),
-          "sdd-guided": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
+RIVALS = {"esd-u": ("unet", "esd.py"), "esd-guided": ("unet", "esd.py", "--erase-from", "{}"),
+          "sdd": ("unet", "sdd.py"), "sdd-guided": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
           "uce-guided": ("unet", "uce.py", "--edits", "guided"), "duo": ("lora", "duo.py"),
           "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
 CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")

@@ -51,7 +51,7 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
     assert args.prompts == tuple(str(ROOT / "tests/tiny" / f) for f in ("prompts_heldout.txt", "prompts.txt"))
     args.lora, args.method = args.lora[:-1], args.method[:-1]
     assert [s.name for s in ev.list_systems(args)] == [
-        "base", "ShieldDiff", "duo", "esd-u", "esd-x", "esd-guided", "sdd", "sdd-guided", "uce",
+        "base", "ShieldDiff", "duo", "esd-u", "esd-guided", "sdd", "sdd-guided", "uce",
         "uce-guided", "safegen", *methods]
 
 
