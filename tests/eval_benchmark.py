@@ -23,7 +23,8 @@ RIVALS = {"esd-u": ("unet", "esd.py"), "esd-guided": ("unet", "esd.py", "--erase
 CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
-EMBEDDED = {"esd-guided": HIDDEN, "sdd-guided": HIDDEN, "uce": ("--lam", "0.05"),
+EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--lam", "0.05"),
+            "sdd-guided": (*HIDDEN, "--learning-rate", "3e-4"),
             "uce-guided": ("--erase", "0.1")}  # here: the best of rivals/sweep.py
 
 
