@@ -11,7 +11,8 @@ Exact, as the official code: beta 500, lambda 1e6 beta / 100, learning rate 3e-4
 32 on self-attention, one noise but two timesteps a pair (below 750), AdamW, 1000 steps, 64 pairs that NudeNet
 judged; the safe one by SDEdit, strength 0.75, the unsafe prompt as negative prompt. Ours: the prompts, which
 are those of --prompts; NudeNet's four views; one GPU with a batch of 4; pairs that 20 tries did not make safe
-are left out; on the embedded model the safe prompt, length, rate, batch, steps a picture.
+are left out; on the embedded model lambda, 10,000 times smaller, all timesteps (as published it forgets
+nothing there), the safe prompt, length, rate, batch, steps a picture.
 """
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Args(drawn.Args):
     safe: str = "{}"  # the prompt that makes a picture safe, of the prompt's safe caption
 
 
-TINY = drawn.TINY | dict(safe="{}, face hidden", steps=200, learning_rate=3e-4)
+TINY = drawn.TINY | dict(safe="{}, face hidden", steps=200, learning_rate=3e-4, prior=5e2, until=1000)
 
 
 def preference_loss(errors, frozen_errors, beta: float) -> torch.Tensor:
