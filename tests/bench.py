@@ -36,9 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import eval_benchmark  # noqa: E402
 import eval_coverage  # noqa: E402
 import eval_size  # noqa: E402
 
+import eval as ev  # noqa: E402
 import shielddiff as sd  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -336,7 +338,8 @@ def memory(bench: Bench) -> list[dict]:
 
 
 def cost(bench: Bench) -> list[dict]:
-    """TFLOP of the default run on SD 1.5 at 512 px, counted with fake tensors, and hours at a given rate."""
+    """TFLOP of the default run on SD 1.5 at 512 px, counted with fake tensors, and hours at a given rate;
+    and of eval.py --benchmark after it."""
     args = sd.Args()
 
     def tflop(function) -> float:
@@ -357,9 +360,28 @@ def cost(bench: Bench) -> list[dict]:
     rewarded, held = args.prompts_per_step * args.group_size, args.held_per_step
     step = dict(rollout=(rewarded + held) * args.denoise_steps * sample, decode=(rewarded + held) * decode,
                 update=args.train_timesteps * ((rewarded + held) * learn + held * sample))
-    total = args.steps * sum(step.values())
-    return [dict(call=sample, call_and_gradient=learn) | step | dict(
-        run=total, **{f"hours at {rate} TFLOP/s": total / rate / 3600 for rate in (20, 50, 200)})]
+    step["run"] = args.steps * sum(step.values())
+    return [dict(call=sample, call_and_gradient=learn) | with_hours(step)] + [
+        with_hours(dict(what=name, run=total)) for name, total in benchmark_parts(sample).items()]
+
+
+def with_hours(row: dict) -> dict:
+    return row | {f"hours at {rate} TFLOP/s": row["run"] / rate / 3600 for rate in (20, 50, 200)}
+
+
+def benchmark_parts(call: float) -> dict[str, float]:
+    """{part: TFLOP of the U-Net in it} of eval.py --benchmark on SD 1.5, where a guided call costs `call`;
+    the rivals' training aside. Lower bounds: some methods draw more than once, hooks run earlier steps."""
+    args, methods = ev.Args(), set(ev.METHODS) - {"sld-weak", "sld-strong"}
+    blind = {"best-of-5", "pno", "crops", "latent-guard", "latent-mixing", "latent-mixing-guided"}
+    systems = 2 + len(eval_benchmark.RIVALS) + len(methods)  # base and ours
+    prompts = sum(len(sd.read_prompts(path)) for path in (*args.prompts, sd.Args.prompts))
+    pictures = prompts + args.attack_prompts + 4 * args.attack_sources  # one list, and four of each system
+    gradient = 3 * call / 2  # forward and backward of one picture without guidance
+    attacked = (systems - len(blind)) * gradient
+    return {"benchmark, pictures": systems * pictures * args.seeds * args.steps * call,
+            "benchmark, UnlearnDiffAtk at most": attacked * args.attack_sources * 50 * 40,
+            "benchmark, CCE": attacked * 5000 * 16}
 
 
 # ------------------------------------------------------------------------------------ eval.py
