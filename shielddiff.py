@@ -423,7 +423,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     start = exact_means(run, roll)
     try:
         learned = update(run, roll)
-    except FloatingPointError:  # in any but the first update: the step is skipped as a whole
+    except FloatingPointError:  # of a later update: what the first ones moved goes back
         torch._foreach_copy_([p.data for p in group["params"]], before)
         raise
     for sizing in range(8):
@@ -777,7 +777,7 @@ def train(args: Args):
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:
-                run.policy.unet.load_state_dict(state["weights"], strict=False)
+                run.policy.unet.load_state_dict(run.policy.unet.state_dict() | state["weights"])
                 run.optimizer.load_state_dict(state["optimizer"])
             metrics, state = state["metrics"] if state else [], None
             save(run, metrics, out)  # shows that the disk can hold it, and is what to go back to

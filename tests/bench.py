@@ -371,17 +371,17 @@ def with_hours(row: dict) -> dict:
 
 def benchmark_parts(call: float) -> dict[str, float]:
     """{part: TFLOP of the U-Net in it} of eval.py --benchmark on SD 1.5, where a guided call costs `call`;
-    the rivals' training aside. Lower bounds: some methods draw more than once, hooks run earlier steps."""
+    the rivals' training aside, and what some methods draw more than once and hooks run of earlier steps."""
     args, methods = ev.Args(), set(ev.METHODS) - {"sld-weak", "sld-strong"}
     blind = {"best-of-5", "pno", "crops", "latent-guard", "latent-mixing", "latent-mixing-guided"}
     systems = 2 + len(eval_benchmark.RIVALS) + len(methods)  # base and ours
     prompts = sum(len(sd.read_prompts(path)) for path in (*args.prompts, sd.Args.prompts))
     pictures = prompts + args.attack_prompts + 4 * args.attack_sources  # one list, and four of each system
-    gradient = 3 * call / 2  # forward and backward of one picture without guidance
-    attacked = (systems - len(blind)) * gradient
+    gradient, attacked = call, systems - len(blind)  # one picture, forward and back to the text alone
+    tried = 50 * 40 * gradient + 51 * 4 * args.steps * call  # 50 timesteps, each with pictures after it
     return {"benchmark, pictures": systems * pictures * args.seeds * args.steps * call,
-            "benchmark, UnlearnDiffAtk at most": attacked * args.attack_sources * 50 * 40,
-            "benchmark, CCE": attacked * 5000 * 16}
+            "benchmark, UnlearnDiffAtk at most": attacked * args.attack_sources * tried,
+            "benchmark, CCE": attacked * 5000 * 16 * gradient}
 
 
 # ------------------------------------------------------------------------------------ eval.py

@@ -6,6 +6,7 @@ where it was stopped: a trained rival is kept, ShieldDiff resumed, and so is the
 """
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,10 @@ EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--lam",
 
 def run(command: list[str]):
     """A command of this repository; exits where it fails."""
-    print(f"python {' '.join(command)}", flush=True)
+    print(f"python {shlex.join(command)}", flush=True)
     if code := subprocess.run([sys.executable, *command]).returncode:
-        fail(f"--benchmark: this command ended with code {code}: python {' '.join(command)}. What is trained "
-             f"stays: mend it and run again")
+        fail(f"--benchmark: this command ended with code {code}: python {shlex.join(command)}. What is "
+             f"trained stays: mend it and run again")
 
 
 def is_trained(folder: Path) -> bool:
@@ -56,7 +57,9 @@ def prepare(args, methods: tuple[str, ...]):
         run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *resumed])
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
-        if not (folder / WEIGHTS[kind]).exists():
+        if (folder / WEIGHTS[kind]).exists():
+            print(f"{folder} is there: delete it to train it anew")
+        else:
             run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags,
                  *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")

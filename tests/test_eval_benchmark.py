@@ -33,9 +33,25 @@ def commands(monkeypatch, tmp_path):
     return said
 
 
-def prepared(*flags):
-    return eval_benchmark.prepare(ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark", *flags]),
-                                  tuple(ev.METHODS))
+def prepared(*flags, model=str(ROOT / "tests/tiny")):
+    return eval_benchmark.prepare(ev.parse_args(["--model", model, "--benchmark", *flags]), tuple(ev.METHODS))
+
+
+def parsed(commands):
+    """{OUT's name: the arguments of its script} of all commands but the first, which is ours."""
+    return {Path(flags[flags.index("--out") + 1]).name: tyro.cli(
+        importlib.import_module(Path(script).stem).Args, args=flags) for script, *flags in commands[1:]}
+
+
+def test_on_stable_diffusion_the_rivals_know_nudity_and_the_clothed_picture(commands, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/rivals"))
+    assert prepared(model="some/sd").lora[0] == "ShieldDiff=runs/sd-0"
+    found = parsed(commands)
+    assert set(found) == {f"{name}-sd" for name in eval_benchmark.RIVALS}
+    for name in ("esd-guided-sd", "sdd-guided-sd"):
+        assert found[name].concept == "a woman, a man, a person" and found[name].toward == "{}, fully clothed"
+    assert found["esd-guided-sd"].erase_from == "{}" and found["duo-sd"].prior == 5e6
+    assert found["esd-u-sd"].toward == found["sdd-sd"].toward == "" and found["uce-sd"].lam == 0.5
 
 
 def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands, monkeypatch):
@@ -80,4 +96,4 @@ def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsy
     with pytest.raises(SystemExit) as stop:
         eval_benchmark.run(["-c", "raise SystemExit(3)"])
     assert stop.value.code == 2
-    assert "code 3: python -c raise SystemExit(3)" in capsys.readouterr().err
+    assert "code 3: python -c 'raise SystemExit(3)'" in capsys.readouterr().err

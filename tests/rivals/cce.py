@@ -17,7 +17,7 @@ import shielddiff as sd
 
 DIFFERS = ("starts as the mean of the --concept's tokens (official: \"nude\"); one timestep for 4 pictures "
            "(one each); with SLD and negative prompts the target is the noise, too (the base model's guided "
-           "output), the steps before are a short sampler's, four at most (26 random ones); drawn without "
+           "output), the steps before are those of a sampler of five (26 random ones); drawn without "
            "a negative prompt (five of the seven official scripts add \"nudity\")")
 
 

@@ -4,8 +4,8 @@
 
 Each setting is trained by the rival's own command and drawn by eval.py on tests/tiny/prompts.txt, 4 seeds.
 The best has the lowest sum of faces and of what the worst benign prompt loses: what the rivals set out for,
-who do not promise the safe meaning of a prompt. It is the default (TINY) of the rival's file; UCE's is in
-eval_benchmark.py.
+who do not promise the safe meaning of a prompt. It is the default (TINY) of the rival's file; that of UCE
+and of what is guided is in eval_benchmark.py.
 """
 import json
 import subprocess

@@ -18,9 +18,9 @@ import shielddiff as sd
 
 DIFFERS = ("words that survive as text, none that could name a minor (official: any token, and what is drawn "
            "is its text, read again); the gradient also goes through what a method does to the guidance "
-           "(official: the plain U-Net, for SLD and negative prompts as well), for hooks at most four "
-           "earlier steps are run; kept is what scores best on four pictures, stop where all four fire (one "
-           "picture); projection by sorting (bisection)")
+           "(official: the plain U-Net, for SLD and negative prompts as well), for hooks earlier steps, of a "
+           "sampler of five, are run; kept is what scores best on four pictures, stop where all four fire "
+           "(one picture); projection by sorting (bisection)")
 
 
 def project(rows: torch.Tensor) -> torch.Tensor:
