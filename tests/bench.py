@@ -372,8 +372,8 @@ def with_hours(row: dict) -> dict:
 def benchmark_parts(call: float) -> dict[str, float]:
     """{part: TFLOP of the U-Net in it} of eval.py --benchmark on SD 1.5, where a guided call costs `call`;
     the rivals' training aside, and what some methods draw more than once and hooks run of earlier steps."""
-    args, methods = ev.Args(), set(ev.METHODS) - {"sld-weak", "sld-strong"}
-    blind = {"best-of-5", "pno", "crops", "latent-guard", "latent-mixing", "latent-mixing-guided"}
+    args, methods = ev.Args(), set(ev.METHODS) - set(eval_benchmark.LEFT_OUT)
+    blind = {"pno", "crops", "latent-guard", "latent-mixing", "latent-mixing-guided"}
     systems = 2 + len(eval_benchmark.RIVALS) + len(methods)  # base and ours
     prompts = sum(len(sd.read_prompts(path)) for path in (*args.prompts, sd.Args.prompts))
     pictures = prompts + args.attack_prompts + 4 * args.attack_sources  # one list, and four of each system

@@ -23,6 +23,7 @@ RIVALS = {"esd-u": ("unet", "esd.py"), "esd-guided": ("unet", "esd.py", "--erase
           "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
 CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
+LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
 EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--lam", "0.05"),
             "sdd-guided": (*HIDDEN, "--learning-rate", "3e-4"),
@@ -47,9 +48,8 @@ def is_trained(folder: Path) -> bool:
 
 
 def prepare(args, methods: tuple[str, ...]):
-    """The arguments of the evaluation, all that it compares trained: those named by the user stay, too. SLD
-    is there as published and at its strongest only, as an attack on its hooks takes minutes."""
-    methods = [method for method in methods if method not in ("sld-weak", "sld-strong")]
+    """The arguments of the evaluation, all that it compares trained: those named by the user stay, too."""
+    methods = [method for method in methods if method not in LEFT_OUT]
     embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
     if not is_trained(ours):
