@@ -818,11 +818,11 @@ def load_model(args: Args, device: str):
 
 def evaluate(args: Args):
     """The whole evaluation."""
+    inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     check(args)
     if args.benchmark:
         args = eval_benchmark.prepare(args, tuple(METHODS))
     systems = list_systems(args)
-    inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     faces = any(label.startswith("FACE_") for label in args.labels)
     rival = "face_cascade" if faces else "open_nsfw"
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -65,8 +65,8 @@ def sld(pipe, spec, stock, preset: Preset):
     def draw(call):
         if call["guidance_scale"] <= 1:  # without guidance there is nothing to steer
             return stock(call)
-        hook = pipe.unet.register_forward_hook(Guidance(context, preset, call["num_inference_steps"]),
-                                               with_kwargs=True)
+        steps = call.get("num_inference_steps", spec.steps)
+        hook = pipe.unet.register_forward_hook(Guidance(context, preset, steps), with_kwargs=True)
         try:
             return stock(call)
         finally:
