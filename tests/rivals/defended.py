@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import shielddiff as sd
 
-PATH = 5  # of the sampler's steps at most, of which those before the attacked one are run for hooks alone
+PATH = 5  # steps of a path at most: those before the attacked one serve hooks alone, and cost more than it
 
 
 class Extended(torch.nn.Module):
@@ -56,6 +56,7 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
     given = {k: call.get(k) for k in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
     negative = any(v is not None for k, v in given.items() if k.startswith("negative"))
     hooked, nothing_refused = bool(pipe.unet._forward_hooks), np.zeros(len(x), bool)
+    # [B, 77, d] each; `other`, which the prompt is guided away from, only where it is needed
     prompt, other = pipe.encode_prompt(call.get("prompt"), pipe.device, 1, negative or hooked, **given)
     if not negative and not hooked:
         return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), nothing_refused
