@@ -406,8 +406,8 @@ def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
     low = [(p, p.dtype) for p in policy.unet.parameters() if p.dtype != torch.float32]
     policy.unet.float()
     for rows in torch.arange(len(roll.held))[~roll.held][::2].split(run.args.micro_batch):
-        x, s, context = (v.to(policy.unet.device) for v in (
-            roll.latents[rows, roll.steps[rows, 0]], roll.steps[rows, 0], roll.context[:, rows]))
+        s = roll.steps[rows, 0]  # [b]
+        x, context = (v.to(policy.unet.device) for v in (roll.latents[rows, s], roll.context[:, rows]))
         *_, mean, sigma = act(policy, x, s, context, x_prev=x)  # x_prev: any, as nothing is scored
         means.append(mean / (math.sqrt(2) * sigma))  # [b, 4, h, w]
     for p, dtype in low:
