@@ -114,6 +114,7 @@ def write_sd15(folder: str):
 def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None = None) -> sd.Run:
     """What sd.set_up makes of a model and its files: without the reward, whose place random numbers take."""
     torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype, device = getattr(torch, dict(fp32="float32", bf16="bfloat16", fp16="float16")[args.precision]), \
         "cuda" if CUDA else "cpu"
     pipe = sd15(dtype) if model == "sd15" else sd.load_pipeline(
@@ -124,7 +125,7 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
                        args.guidance_scale / 1.5, torch.autocast(device, dtype, args.precision != "fp32"))
     context = sd.encode_prompts(pipe, prompts)
     pipe.text_encoder = None
-    sd.pick_attention(pipe.unet, args.attention)
+    sd.set_attention(pipe.unet, args.attention)
     sd.make_trainable(pipe.unet, args.lora_rank)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -206,8 +207,8 @@ def speed(bench: Bench) -> list[dict]:
         variants |= {"gradient checkpointing": dict(gradient_checkpointing=True),
                      "bf16": dict(precision="bf16"), "micro-batch 8": dict(micro_batch=8)}
     else:
-        variants |= {"SDPA attention": dict(attention="sdpa"), "no checkpointing": dict(
-            gradient_checkpointing=False), "fp16": dict(precision="fp16"), "fp32": dict(precision="fp32"),
+        variants |= {"xformers": dict(attention="xformers"), "no checkpointing": dict(
+            gradient_checkpointing=False), "bf16": dict(precision="bf16"), "fp32": dict(precision="fp32"),
             "whole U-Net": dict(lora_rank=0, kl_weight=0.0)}
         variants |= {f"micro-batch {b}": dict(micro_batch=b) for b in (1, 2, 8)}
     return compare(variants, bench.model, base, bench.repeats)

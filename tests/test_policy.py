@@ -458,7 +458,8 @@ def test_nats_are_measured_in_fp32_whatever_the_precision_of_weights_and_arithme
     roll = sd.rollout(run, run.context, torch.ones(4, dtype=bool), [*map(sd.generator, range(4))])
     roll = roll._replace(held=torch.zeros(4, dtype=bool), steps=torch.tensor([[0], [0], [1], [1]]))
     frozen = {n: p.detach().clone() for n, p in pipe.unet.named_parameters() if not p.requires_grad}
-    nats = []
+    nats, cudnn = [], set()
+    pipe.unet.register_forward_pre_hook(lambda *_: cudnn.add(torch.backends.cudnn.enabled))
     for size in (1e-3, 2e-3):
         for n, p in pipe.unet.named_parameters():
             p.data = p.data * 0 if "lora_B" in n else p.data
@@ -470,6 +471,7 @@ def test_nats_are_measured_in_fp32_whatever_the_precision_of_weights_and_arithme
     assert 0 < nats[0] < 0.2 and nats[1] == pytest.approx(4 * nats[0], rel=0.02)
     assert all(torch.equal(p, frozen[n]) and p.dtype == dtype
                for n, p in pipe.unet.named_parameters() if n in frozen)
+    assert cudnn == {False} and torch.backends.cudnn.enabled  # which takes tens of GB for it, if it is there
 
 
 def test_nats_hardly_depend_on_the_number_of_denoising_steps():
