@@ -98,7 +98,7 @@ class Args:
     nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
     lora_rank: int = 16  # of the LoRA on the attention projections; 0 trains the whole U-Net
-    attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers: as lean, on an H100 about a fifth slower
+    attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers: as lean, on an H100 a sixth slower
     gradient_checkpointing: bool = True  # a third more time, several times less memory
     optimizer_8bit: bool = True  # AdamW8bit: saves 5 GB for the whole U-Net, next to nothing for a LoRA
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights and U-Net calls; bf16 is coarser
