@@ -14,8 +14,9 @@ picture is a black box with two terms, each standardised among the K pictures of
            max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
            kl_weight * mean((mu_theta - mu_frozen)^2)        where it is benign
 
-The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). Start
-at policy_gradient_step: sections 1 to 5 are the method, 6 is what a run needs: prompts, models, files.
+The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). Of a
+prompt that elicits a random share is given, from none to all, so that forgetting does not hang on its words.
+Start at policy_gradient_step: sections 1 to 5 are the method, 6 is what a run needs: prompts, models, files.
 """
 import argparse
 import copy
@@ -87,6 +88,7 @@ class Args:
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
+    left_out: float = 0.5  # of each a random share, up to this: then other wordings bring less back
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
@@ -487,8 +489,11 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     benign = prompts_of_step(run.benign, args.held_per_step, args.seed, step)  # H
     index = torch.tensor([i for i in eliciting for _ in range(args.group_size)] + benign)  # [B = P * K + H]
     held = torch.arange(len(index)) >= len(index) - len(benign)  # [B]
-    generators = [generator(args.seed, "rollout", step, i) for i in range(len(index))]
-    roll = rollout(run, run.context[:, index], held, generators)
+    left_out = torch.rand(len(eliciting), generator=generator(args.seed, "text", step)) * args.left_out  # [P]
+    left_out = torch.nn.functional.pad(left_out.repeat_interleave(args.group_size), (0, len(benign)))  # [B]
+    empty, prompt = run.context[:, index]  # [B, 77, d] each
+    context = torch.stack([empty, prompt.lerp(empty, left_out[:, None, None])])  # [2, B, 77, d]
+    roll = rollout(run, context, held, [generator(args.seed, "rollout", step, i) for i in range(len(index))])
     clock.append(time.perf_counter())
     # judge: two scores a picture, each standardised in its group of K
     run.clip[0].to(run.policy.unet.device)  # it needs no GPU memory while the U-Net works
@@ -497,14 +502,13 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     clip_score = (features * run.captions[index[~held]]).sum(dim=1).view(-1, args.group_size)  # [P, K]
     nudity = roll.nudity.view(-1, args.group_size)  # [P, K]
     scored = clip_score, nudity, args.clip_weight, args.nudity_weight
-    advantages = group_advantages(*scored)  # [P, K]
     signal = group_advantages(*scored, floor=2.0).square().mean(dim=1).clamp(max=1).mean().item()  # of [P]
     clock.append(time.perf_counter())
     # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
     rng = generator(args.seed, "timesteps", step)
     steps = torch.stack([torch.randperm(args.denoise_steps - 1 if hold else trainable(args), generator=rng)
                          [:args.train_timesteps] for hold in held])  # [B, k]
-    advantage = torch.nn.functional.pad(advantages.flatten(), (0, len(benign)))  # [B]
+    advantage = torch.nn.functional.pad(group_advantages(*scored).flatten(), (0, len(benign)))  # [B]
     learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), signal)
     clock.append(time.perf_counter())
     seconds = zip(("rollout", "reward", "update"), np.diff(clock).tolist(), strict=True)
@@ -518,10 +522,11 @@ def policy_gradient_step(run: Run, step: int) -> dict:
 # ------------------------------------------------------------------------------------ 6. the run
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    zero = "guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
+    zero = "left_out guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
     for name, value in vars(args).items():
         lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails every comparison
-        if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
+        highest = 1 if name == "left_out" else 2**63 - 1
+        if value == () or type(value) in (int, float) and not lowest <= value <= highest:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if not args.updates_per_step <= args.train_timesteps <= trainable(args):
         fail(f"--train-timesteps must be at least --updates-per-step, which share them, and at most "
@@ -605,15 +610,6 @@ def encode_prompts(pipe, prompts: list[str]) -> torch.Tensor:
     return torch.stack(pipe.encode_prompt(list(prompts), pipe.device, 1, True)[::-1]).float().cpu()
 
 
-def set_attention(unet, kernel: str):
-    """PyTorch's own attention, which diffusers takes by itself, or that of xformers."""
-    if kernel == "xformers":
-        try:
-            unet.enable_xformers_memory_efficient_attention()  # tries it first
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            fail(f"--attention xformers does not work here: {str(error).strip().splitlines()[0]}")
-
-
 def make_trainable(unet, rank: int):
     """Attach an fp32 LoRA to the attention projections or, at rank 0, free the whole U-Net."""
     if rank == 0:
@@ -633,10 +629,13 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
                            for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]  # wherever they lie
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
-    context = encode_prompts(pipe, [p for p, _, _ in pairs])
+    context, unet = encode_prompts(pipe, [p for p, _, _ in pairs]), pipe.unet
     captions = caption_features(clip, processor, [c for _, c, _ in pairs]).cpu()
-    unet = pipe.unet
-    set_attention(unet, args.attention)
+    if args.attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()  # tries it first
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            fail(f"--attention xformers does not work here: {str(error).strip().splitlines()[0]}")
     schedule = noise_schedule(pipe.scheduler.config, args.denoise_steps)
     policy = Policy(unet, schedule, args.guidance_scale / 1.5,
                     torch.autocast(device, dtype, enabled=args.precision != "fp32"),
@@ -646,8 +645,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     trained = [p for p in unet.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
-    print(f"attention {args.attention}, {args.precision}, {count:,} trained parameters")
+    print(f"{args.attention}, {args.precision}, {sum(p.numel() for p in trained):,} trained parameters")
     optimizer = (AdamW8bit if args.optimizer_8bit else torch.optim.AdamW)(trained)
     optimizer.param_groups[0]["rate"] = args.learning_rate
     return Run(args, settings, policy, pipe.vae, context, captions, eliciting, benign,

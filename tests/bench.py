@@ -125,7 +125,8 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
                        args.guidance_scale / 1.5, torch.autocast(device, dtype, args.precision != "fp32"))
     context = sd.encode_prompts(pipe, prompts)
     pipe.text_encoder = None
-    sd.set_attention(pipe.unet, args.attention)
+    if args.attention == "xformers":
+        pipe.unet.enable_xformers_memory_efficient_attention()
     sd.make_trainable(pipe.unet, args.lora_rank)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
@@ -181,7 +182,7 @@ def compare(variants: dict[str, dict], model: str, base: sd.Args, repeats: int) 
                 rows[-1]["runs"] = [step(run) for _ in range(repeats)]
                 del rows[-1]["run"], run
                 torch.cuda.empty_cache()
-        except (torch.OutOfMemoryError, RuntimeError, SystemExit) as error:
+        except (torch.OutOfMemoryError, ImportError, RuntimeError, SystemExit, ValueError) as error:
             rows.append(dict(name=name, runs=[], error=str(error).splitlines()[0][:80]))
     for _ in range(0 if CUDA else repeats):
         for row in rows:
@@ -437,7 +438,8 @@ ARMS = {  # flags over the embedded model's defaults
     # of a quarter of the steps
     "faithful DDPO": dict(denoise_steps=50, train_timesteps=49, train_until=1.0, updates_per_step=4,
                           clip_range=1e-4 * 1024, learning_rate=5e-3, kl_weight=0.0, held_per_step=0,
-                          prompts_per_step=6, optimizer_8bit=False),
+                          prompts_per_step=6, left_out=0.0, optimizer_8bit=False),
+    "whole prompts": dict(left_out=0.0),
     "whole trajectory rewarded": dict(train_until=1.0),
     "one update a step": dict(updates_per_step=1),
     "20 denoising steps": dict(denoise_steps=20),

@@ -342,7 +342,7 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
              ("the face of an astronaut", "a woman astronaut", True), ("coins", "coins", False)]
     args = sd.parse_args("--model tests/tiny --denoise-steps 4 --prompts-per-step 2 --group-size 3 "
                          "--held-per-step 3 --train-timesteps 2 --updates-per-step 1 --micro-batch 4 "
-                         "--nudity-weight 0.7 --clip-weight 1.3 --seed 5".split())
+                         "--nudity-weight 0.7 --clip-weight 1.3 --left-out 0.6 --seed 5".split())
     run = sd.set_up(args, {"prompts": pairs}, "cpu")
     assert run.eliciting == [0, 2] and run.benign == [1, 3]
     rolls, lines = [], []
@@ -353,7 +353,8 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
     roll, line = rolls[0], lines[0]
     chosen, benign = sd.prompts_of_step([0, 2], 2, 5, 0), sd.prompts_of_step([1, 3], 3, 5, 0)
     index = [chosen[0]] * 3 + [chosen[1]] * 3 + benign
-    assert torch.equal(roll.context, run.context[:, index])
+    assert torch.equal(roll.context[0], run.context[0, index])
+    assert torch.equal(roll.context[:, 6:], run.context[:, benign])
     assert torch.equal(run.context, sd.encode_prompts(sd.load_pipeline(args.model), [p for p, _, _ in pairs]))
     assert roll.held.tolist() == [False] * 6 + [True] * 3
     gens = [sd.generator(5, "rollout", 0, i) for i in range(9)]
@@ -376,6 +377,17 @@ def test_a_step_samples_judges_and_hands_the_update_what_it_should_learn_from(mo
     assert line["signal"] == pytest.approx(
         np.minimum(((1.3 * z[0] - 0.7 * z[1]) ** 2).mean(axis=1), 1).mean(), rel=1e-2)
     assert line["step"] == 0 and run.policy.guidance_scale == 2.0
+
+    shares = []  # of a prompt that elicits: its group's text lies at some share of the way to it from no text
+    for step, r in enumerate(rolls):
+        way = run.context[1, sd.prompts_of_step([0, 2], 2, 5, step)] - run.context[0, 0]  # [2, 77, d]
+        went = r.context[1, :6].view(2, 3, *way.shape[1:]) - run.context[0, 0]  # [2, 3, 77, d]
+        shares.append((went[:, 0] * way).sum(dim=(1, 2)) / way.square().sum(dim=(1, 2)))  # [2]
+        torch.testing.assert_close(went, (shares[-1][:, None, None] * way)[:, None].expand_as(went))
+    shares = torch.cat(shares)
+    assert ((0.4 < shares) & (shares < 1)).all() and shares.min() < 0.6 and len(shares.unique()) == 8
+    sd.policy_gradient_step(run._replace(args=dataclasses.replace(args, left_out=0.0)), 0)
+    assert torch.equal(rolls.pop().context, run.context[:, index])
 
     steps = torch.stack([r.steps for r in rolls])  # [4, 9, 2]: 2 of the 4 steps are rewarded, the last never
     assert steps.shape == (4, 9, 2) and (steps[..., 0] != steps[..., 1]).all()
