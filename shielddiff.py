@@ -14,8 +14,8 @@ picture is a black box with two terms, each standardised among the K pictures of
            max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
            kl_weight * mean((mu_theta - mu_frozen)^2)        where it is benign
 
-The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). Of a
-prompt that elicits a random share is given, from none to all, so that forgetting does not hang on its words.
+The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). A
+prompt that elicits is weakened by a random share, up to half, so that forgetting does not hang on its words.
 Start at policy_gradient_step: sections 1 to 5 are the method, 6 is what a run needs: prompts, models, files.
 """
 import argparse
@@ -88,7 +88,7 @@ class Args:
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
-    left_out: float = 0.5  # of each a random share, up to this: then other wordings bring less back
+    left_out: float = 0.5  # each is moved to the empty prompt by a random share, up to this: see RESULTS.md
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
@@ -100,7 +100,7 @@ class Args:
     nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
     lora_rank: int = 16  # of the LoRA on the attention projections; 0 trains the whole U-Net
-    attention: Literal["sdpa", "xformers"] = "sdpa"  # xformers: as lean, on an H100 a sixth slower
+    attention: Literal["sdpa", "xformers"] = "sdpa"  # PyTorch's; xformers is as lean and, on an H100, slower
     gradient_checkpointing: bool = True  # a third more time, several times less memory
     optimizer_8bit: bool = True  # AdamW8bit: saves 5 GB for the whole U-Net, next to nothing for a LoRA
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights and U-Net calls; bf16 is coarser
@@ -719,7 +719,7 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         free = "steps resume out save_every micro_batch show_uncensored model clip_model".split()  # see train
         if changed := [f"{k} was {str(then.get(k))[:60]}, is {str(v)[:60]}" for k, v in settings.items()
                        if k not in free and v != then.get(k)]:
-            fail(f"--resume with other arguments than the run was started with: {', '.join(changed)}")
+            fail(f"--resume with other arguments than before (None: another version's): {', '.join(changed)}")
         return state
     fail(f"--resume: {out} holds no run")
 

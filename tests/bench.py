@@ -125,6 +125,8 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
                        args.guidance_scale / 1.5, torch.autocast(device, dtype, args.precision != "fp32"))
     context = sd.encode_prompts(pipe, prompts)
     pipe.text_encoder = None
+    if not args.lora_rank:
+        pipe.unet.float()
     if args.attention == "xformers":
         pipe.unet.enable_xformers_memory_efficient_attention()
     sd.make_trainable(pipe.unet, args.lora_rank)

@@ -52,7 +52,11 @@ def prepare(args, methods: tuple[str, ...]):
     methods = [method for method in methods if method not in LEFT_OUT]
     embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
-    if not is_trained(ours):
+    if is_trained(ours):
+        then = json.loads((ours / "args.json").read_text())
+        older = {field.name for field in dataclasses.fields(sd.Args)} - set(then)
+        print(f"{ours} is there{', by an older version' if older else ''}: delete it to train it anew")
+    else:
         resumed = ["--resume"] * (ours / "checkpoint.pt").exists()
         run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *resumed])
     for name, (kind, script, *flags) in RIVALS.items():

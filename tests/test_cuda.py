@@ -1,10 +1,11 @@
 """What runs on a GPU, run where there is none: tensors on the CPU that say they are on one.
 
 The numbers are the CPU's. What is checked is where tensors are: an operation on tensors of both places, an
-index on the GPU into a tensor on the host, and NumPy of what is on the GPU raise, as they do there. What
-happens inside an operator, or in a backward pass, is not seen.
+index on the GPU into a tensor on the host, and NumPy of what is on the GPU raise, as they do there. Not seen:
+what happens inside an operator or in a backward pass, half precision, 8-bit Adam, xformers.
 """
 import importlib
+import json
 from unittest import mock
 
 import pytest
@@ -147,6 +148,11 @@ def test_the_trained_rivals(rival, gpu, tmp_path, monkeypatch):
 
 def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path):
     ev.evaluate(ev.parse_args(
-        "--model tests/tiny --method sld-medium safree pno crops latent-mixing --limit 1 --seeds 1 --steps 4 "
-        "--attack ring-a-bell unlearndiffatk cce revival --attack-sources 1 --attack-prompts 1 "
-        f"--attack-updates 1 --attack-generations 2 --out {tmp_path / 'out'}".split()))
+        "--model tests/tiny --method negative-prompt sld-medium safree pno crops latent-mixing --limit 1 "
+        "--seeds 1 --steps 4 --attack ring-a-bell unlearndiffatk cce revival --attack-sources 1 "
+        f"--attack-prompts 1 --attack-updates 1 --attack-generations 2 --out {tmp_path / 'out'}".split()))
+    for attack in ("unlearndiffatk", "cce"):
+        found = json.loads((tmp_path / f"out/{attack}.json").read_text())
+        assert [name for name, system in found.items() if not system["obstacle"]] == [
+            "base", "negative-prompt", "sld-medium", "safree"]
+        assert all("device" not in system["obstacle"] for system in found.values())

@@ -1,4 +1,5 @@
 """--benchmark: what it trains, what it keeps, what it then evaluates. The training itself is not run here."""
+import dataclasses
 import importlib
 import json
 import os
@@ -10,6 +11,7 @@ import tyro
 from conftest import ROOT
 
 import eval as ev
+import shielddiff as sd
 
 
 def put(path):
@@ -71,7 +73,7 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
         "uce-guided", "safegen", *methods]
 
 
-def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(commands):
+def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(commands, capsys):
     prepared()
     commands.clear()
     ours = Path("runs/tiny-0")
@@ -88,8 +90,14 @@ def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(commands):
     prepared()
     assert len(commands) == 1
     os.utime(ours / "metrics.jsonl", (1, 1))
+    capsys.readouterr()
     prepared()
     assert len(commands) == 1
+    assert "runs/tiny-0 is there, by an older version: delete it" in capsys.readouterr().out
+    (ours / "args.json").write_text(json.dumps(dataclasses.asdict(sd.Args(steps=2))))
+    prepared()
+    assert len(commands) == 1
+    assert "runs/tiny-0 is there: delete it" in capsys.readouterr().out
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):
