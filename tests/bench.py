@@ -417,7 +417,7 @@ def faithful_ddpo():
 
     def advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0, floor=1.0):
         if floor > 1:  # asked for the signal, which it does not use
-            return torch.ones(1)
+            return torch.ones(1, 1)  # [P, K]
         rewards = clip_weight * clip_scores - nudity_weight * nudity  # [P, K]
         result = torch.empty_like(rewards)
         for i, prompt in enumerate(current):
