@@ -1,4 +1,4 @@
-"""SD 1.5 at 512 px on paper: bench.py's fake tensors have shapes and types, but no numbers. And DDPO's arm."""
+"""SD 1.5 at 512 px on paper: bench.py's fake tensors have shapes and types, no numbers. And DDPO's arm."""
 import numpy as np
 import pytest
 from bench import ARMS, faithful_ddpo, on_paper
