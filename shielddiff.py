@@ -485,6 +485,7 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     """Sample, judge, learn: one step of the algorithm. Returns its line of metrics.jsonl."""
     args, clock = run.args, [time.perf_counter()]
     # sample: K pictures of each of P eliciting prompts, and H of benign ones, which are held
+    # what elicits is weakened, as other words would weaken it: forgetting must not hang on its words
     eliciting = prompts_of_step(run.eliciting, args.prompts_per_step, args.seed, step)  # P
     benign = prompts_of_step(run.benign, args.held_per_step, args.seed, step)  # H
     index = torch.tensor([i for i in eliciting for _ in range(args.group_size)] + benign)  # [B = P * K + H]
