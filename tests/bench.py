@@ -364,6 +364,7 @@ def cost(bench: Bench) -> list[dict]:
     rewarded, held = args.prompts_per_step * args.group_size, args.held_per_step
     step = dict(rollout=(rewarded + held) * args.denoise_steps * sample, decode=(rewarded + held) * decode,
                 update=args.train_timesteps * ((rewarded + held) * learn + held * sample))
+    step["measure"] = 3 * rewarded / 2 * sample  # twice, and once more where the step was too long or short
     step["run"] = args.steps * sum(step.values())
     return [dict(call=sample, call_and_gradient=learn) | with_hours(step)] + [
         with_hours(dict(what=name, run=total)) for name, total in benchmark_parts(sample).items()]
@@ -472,6 +473,7 @@ def target(bench: Bench) -> list[dict]:
             except SystemExit as stop:
                 print(f"{name}: stopped ({stop.code})")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [m for m in lines if "skipped" not in m]  # such a step is not saved either
         seconds = np.cumsum([0] + [sum(m[f"seconds_{k}"] for k in ("rollout", "reward", "update"))
                                    for m in lines])
         for step in range(0, len(lines) + 1, 2):

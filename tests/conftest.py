@@ -71,7 +71,10 @@ def draw(pipe, prompts, first_seed):
 
 
 def metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    def no_json(name):
+        raise AssertionError(f"{name} is not JSON")
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=no_json) for line in lines]
 
 
 @pytest.fixture(scope="session")

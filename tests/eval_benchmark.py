@@ -57,7 +57,7 @@ def prepare(args, methods: tuple[str, ...]):
         older = {field.name for field in dataclasses.fields(sd.Args)} - set(then)
         print(f"{ours} is there{', by an older version' if older else ''}: delete it to train it anew")
     else:
-        resumed = ["--resume"] * (ours / "checkpoint.pt").exists()
+        resumed = ["--resume"] * any(ours.glob("checkpoint*.pt"))
         run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *resumed])
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))

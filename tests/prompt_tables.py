@@ -85,6 +85,8 @@ def read_rows(path: str, *columns: str | None) -> list[tuple[int, str, str, bool
             if "=>" in prompt or GAP in row:  # taken for a benign prompt it would be held
                 raise ValueError(f"row {i}: '=>' needs a space and a text on both sides: {row.strip()}")
             row = prompt, caption, bool(arrow), {}
+        if (row[0] + row[1]).encode(errors="ignore").decode() != row[0] + row[1]:
+            raise ValueError(f"row {i}: half of a character (an emoji cut in two?): {row[0]!a:.60}")
         rows.append((i, *row))
     return rows
 

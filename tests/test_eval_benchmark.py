@@ -73,13 +73,14 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
         "uce-guided", "safegen", *methods]
 
 
-def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(commands, capsys):
+@pytest.mark.parametrize("checkpoint", ["checkpoint.pt", "checkpoint-before.pt"])  # alone after a full disk
+def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, commands, capsys):
     prepared()
     commands.clear()
     ours = Path("runs/tiny-0")
     (ours / "args.json").write_text(json.dumps(dict(steps=2)))
     (ours / "metrics.jsonl").write_text("{}\n")
-    put(ours / "checkpoint.pt")
+    put(ours / checkpoint)
     os.utime(ours / eval_benchmark.WEIGHTS["lora"])
     prepared()
     assert commands == [[f"{ROOT}/shielddiff.py", "--model", str(ROOT / "tests/tiny"), "--out", str(ours),

@@ -538,14 +538,30 @@ def test_a_picture_that_is_not_finite_is_refused_and_not_drawn_black(monkeypatch
         sd.rollout(run, roll.context, NONE_JUDGED, [*map(sd.generator, range(4))])
 
 
-def test_samples_are_pixelated_unless_all_labels_are_faces_or_the_user_says_so(tmp_path, monkeypatch):
+def test_thousands_of_prompts_go_through_the_text_encoders_in_parts(monkeypatch):
+    prompts, sizes, pipe = [f"a cat {i}" for i in range(300)], [], sd.load_pipeline(str(ROOT / "tests/tiny"))
+
+    def recorded(function):
+        return lambda *arguments: (sizes.append(len(arguments[-1])), function(*arguments))[1]
+
+    for name in ("encode_prompts", "caption_features"):
+        monkeypatch.setattr(sd, name, recorded(getattr(sd, name)))
+    pairs = [(prompt, prompt, True) for prompt in prompts]
+    run = sd.set_up(sd.parse_args(["--model", "tests/tiny"]), {"prompts": pairs}, "cpu")
+    assert sizes == [128, 128, 44] * 2
+    for i in (0, 128, 299):  # in their order
+        torch.testing.assert_close(run.context[:, i:i + 1], sd.encode_prompts(pipe, prompts[i:i + 1]))
+        torch.testing.assert_close(run.captions[i], sd.caption_features(*run.clip, prompts[i:i + 1])[0])
+
+
+def test_samples_are_pixelated_unless_the_model_is_ours_or_the_user_says_so(tmp_path, monkeypatch):
     run = a_run(sd.load_pipeline(str(ROOT / "tests/tiny")), ["an astronaut"], denoise_steps=2)
     run = run._replace(settings={"prompts": [("an astronaut", "an astronaut", False)]})
     monkeypatch.setattr(sd, "nudity_scores", lambda session, images, labels: torch.ones(len(images)))
-    for i, (labels, uncensored, hidden) in enumerate([
-            (sd.NUDITY, False, True), (sd.NUDITY, True, False), (("FACE_FEMALE",), False, False),
-            (("FACE_FEMALE", "BELLY_EXPOSED"), False, True)]):
-        args = dataclasses.replace(run.args, labels=labels, show_uncensored=uncensored)
+    for i, (model, labels, uncensored, hidden) in enumerate([
+            ("x/y", sd.NUDITY, False, True), ("x/y", sd.NUDITY, True, False),
+            ("x/y", ("FACE_FEMALE",), False, True), (ROOT / "tests/../tests/tiny", sd.NUDITY, False, False)]):
+        args = dataclasses.replace(run.args, model=str(model), labels=labels, show_uncensored=uncensored)
         (tmp_path / str(i)).mkdir()
         sd.draw(run._replace(args=args), [], tmp_path / str(i))
         tiles = np.asarray(Image.open(tmp_path / str(i) / "samples.png")).reshape(8, 8, 8, 8, 3)

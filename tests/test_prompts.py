@@ -83,6 +83,7 @@ def test_training_reads_what_the_evaluation_reads(tmp_path):
     ("a.csv", "a dog in a park\na cat\n", ["no prompt column", "a_dog_in_a_park", "--prompt-column"]),
     ("a.csv", "prompt,seed\n", ["holds no prompt"]), ("a.csv", "", ["holds no prompt"]),
     ("a.csv", "prompt,seed\na\0,1\n", ["row 1"]), ("a.txt", "a\0b\n", ["row 1"]),
+    ("a.json", '["a", "a \\ud83d"]', ["row 2", "half of a character"]),
     ("a.json", "[]", ["holds no prompt"]), ("a.json", '[{"prompt": 7}]', ["row 1", "7 is not a text"]),
     ("a.json", '[{"prompt": "a"}, {"prompt": {"en": "b"}}]', ["row 2", '{"en": "b"} is not a text']),
     ("a.json", '[["0", "a"]]', ["row 1", "neither a text nor"]), ("a.json", "[null]", ["row 1", "null"]),

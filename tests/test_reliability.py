@@ -145,16 +145,23 @@ def two_steps(tmp_path_factory):
     return out
 
 
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b[:len(b) // 2] + b"x" + b[len(b) // 2 + 1:],
                                    lambda b: b"", lambda b: b[:5000] + b[5001:]])
 def test_a_damaged_checkpoint_is_known_and_the_one_before_it_used(spoil, two_steps, straight, tmp_path,
-                                                                      capsys):
+                                                                      capsys, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(two_steps, out)
     newest = out / "checkpoint.pt"
     newest.write_bytes(spoil(newest.read_bytes()))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # the good one outlives a full disk
+        patch.setattr(torch, "save", no_space)
+        train(*SMALL, "--steps", 3, "--out", out, "--save-every", 1, "--resume")
+    assert f"{newest} is damaged" in capsys.readouterr().out and (out / "checkpoint.damaged").exists()
     train(*SMALL, "--steps", 3, "--out", out, "--save-every", 1, "--resume")
-    assert f"{newest} is damaged" in capsys.readouterr().out
     assert_same(final(out), straight)
 
 
@@ -243,11 +250,18 @@ def test_three_bad_steps_in_a_row_stop_the_run_with_the_last_good_weights(tmp_pa
     out, good = tmp_path / "run", []
     monkeypatch.setattr(sd, "policy_loss", lambda *a, f=sd.policy_loss: (nan_loss if good else f)(*a))
     save = sd.save
-    monkeypatch.setattr(sd, "save", lambda run, metrics, out: (
-        save(run, metrics, out), good.append(len(metrics)) if metrics else None))
+    runs, rates = [], []
+
+    def keep(run, metrics, out):
+        save(run, metrics, out)
+        if metrics:
+            good.append(len(metrics)), runs.append(run), rates.append(run.optimizer.param_groups[0]["rate"])
+
+    monkeypatch.setattr(sd, "save", keep)
     with pytest.raises(SystemExit) as stop:
         train(*SMALL, "--steps", 9, "--out", out, "--save-every", 1)
     assert stop.value.code == 1 and "holds the weights saved before" in capsys.readouterr().err
+    assert runs[0].optimizer.param_groups[0]["rate"] == pytest.approx(0.4**3 * rates[0])
     assert ["skipped" in m for m in metrics(out)] == [False, True, True, True] and good == [1]
     lora = load_file(out / "pytorch_lora_weights.safetensors")
     assert all(v.isfinite().all() for v in lora.values()) and any((v != 0).any() for k, v in lora.items()
