@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw
-from rivals import defended, revival, sld, unlearndiffatk
+from rivals import defended, revival, safree, sld, unlearndiffatk
 from rivals.cce import cce
 from rivals.negative_prompt import negative_prompt
 
@@ -187,6 +187,19 @@ def test_the_gradient_reaches_the_token_through_what_the_method_does(method, mod
     assert (up - down) / 0.01 == pytest.approx(slope.norm().item(), rel=0.05)
     if method is not base:
         assert abs(loss - of_base) > 1e-5 and (slope - slope_of_base).norm() > 0.01 * slope.norm()
+
+
+@torch.no_grad()
+def test_safree_is_attacked_as_it_draws_filtered_in_the_first_steps_alone(model):
+    x, states = torch.randn(1, 4, 16, 16), model.encode_prompt("face", "cpu", 1, False)[0]
+    spec = SimpleNamespace(**vars(SPEC) | dict(concept="face"))
+    concept = safree.projector(safree.pooled(model, safree.ids_of(model, "face")[None]))
+    safe, last = safree.filtered(model, "face", states[0], concept, 0.01)
+    assert 0 < last <= 10 and (safe != states[0]).any()  # of 50 steps
+    for t, used in (999, safe[None]), (100, states):
+        expected = model.unet(x, t, encoder_hidden_states=used).sample
+        found = estimate(model, safree.safree, [(999, x), (t, x)], "face", spec)
+        torch.testing.assert_close(found, expected)
 
 
 def test_the_path_of_a_long_sampler_is_a_short_sampler_s_and_says_so(model, astronauts):

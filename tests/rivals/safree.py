@@ -76,12 +76,17 @@ def safree(pipe, spec, stock, negative=False, guided=False, alpha=0.01):
                            for prompt, h in zip(call["prompt"], states, strict=True)), strict=True)
         safe, last = torch.stack(safe), torch.tensor(last, device=pipe.device)  # [B, 77, d], [B]
 
+        def states_at(i, steps):
+            return torch.where(((i == 0) | (i <= last * steps / 50))[:, None, None], safe, states)
+
         def choose_next(pipeline, i, t, tensors):
-            still = i + 1 <= last * pipeline.num_timesteps / 50
             context = tensors["prompt_embeds"].clone()  # with guidance: [2 B, 77, d], the prompts' last
-            context[-len(states):] = torch.where(still[:, None, None], safe, states)
+            context[-len(states):] = states_at(i + 1, pipeline.num_timesteps)
             return dict(prompt_embeds=context)
 
+        if "path" in call:  # an attack's: what sampling would use at its last timestep
+            share = 1 - (call["path"][-1][0] + 1) / pipe.scheduler.config.num_train_timesteps
+            safe = states_at(int(share * spec.steps), spec.steps)
         call = call | dict(prompt=None, prompt_embeds=safe, callback_on_step_end=choose_next,
                            callback_on_step_end_tensor_inputs=["prompt_embeds"])
         return stock(call | dict(negative_prompt=[spec.concept] * len(states)) if negative else call)
