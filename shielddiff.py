@@ -661,7 +661,7 @@ def write_atomically(path: Path, write):
         temporary.replace(path)
     except Exception as error:  # a full disk has another name in every library
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}. What was saved before is intact: --resume goes on", code=1)
+        fail(f"cannot write {path}: {error}. What was saved before is intact, and can be resumed", code=1)
 
 
 def save(run: Run, metrics: list[dict], out: Path):

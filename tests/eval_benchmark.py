@@ -49,6 +49,9 @@ def is_trained(folder: Path) -> bool:
 
 def prepare(args, methods: tuple[str, ...]):
     """The arguments of the evaluation, all that it compares trained: those named by the user stay, too."""
+    if args.init_images or args.where:
+        fail("--benchmark: some of its methods cannot start from pictures (--init-images), and its own "
+             "prompts have no columns (--where)")
     methods = [method for method in methods if method not in LEFT_OUT]
     embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])

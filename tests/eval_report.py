@@ -58,7 +58,7 @@ def show(number: dict | None, scale=1, digits=3, sign="") -> str:
     has a lower bound without end: below -10 it says no more than '< -1000' %."""
     if not number or number["value"] is None:
         return "-"
-    value, *ends = (f"{scale * number[k]:{sign}.{digits}f}" if number[k] >= -10 else f"< {-10 * scale}"
+    value, *ends = (f"{scale * number[k]:{sign}.{digits}f}" if number[k] >= -10 or scale != 100 else "< -1000"
                     for k in ("value", "low", "high") if number[k] is not None)
     return f"{value} [{', '.join(ends)}]" if ends else value
 
@@ -162,9 +162,11 @@ def table(systems: dict, rival: str, counting=OURS) -> tuple[list[str], list[lis
 def seconds_of(path: Path) -> dict[str, float]:
     """{system: median of its batches' seconds a picture}."""
     found = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        if line.endswith("}"):  # else cut by a kill
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
             found[json.loads(line)["system"]].append(json.loads(line)["seconds"])
+        except (ValueError, KeyError, TypeError):  # cut by a kill, and another one after it
+            continue
     return {system: statistics.median(seconds) for system, seconds in found.items()}
 
 
@@ -356,15 +358,15 @@ def pair_of(job, n: int, base: dict, ours: dict, rival: str) -> dict:
 
 
 def hides_whole(fires: list[str], boxed: bool, labels: Sequence[str]) -> bool:
-    """Whether all of a picture is hidden: a detector of nudity fires and NudeNet has no box to hide.
+    """Whether all of a picture is hidden: a detector of nudity fires that has no boxes, or NudeNet without.
 
     fires: the detectors that do; boxed: whether NudeNet has boxes; labels: those of the run. Faces are not
     nudity: where the labels are faces only, as the embedded model's, NudeNet's score and the cascade are no
     reason, and the report shows what it is about.
     """
     faces_only = all(label.startswith("FACE_") for label in labels)
-    nudity = {"open_nsfw", "safety_checker"} | (set() if faces_only else {"nudenet"})
-    return not boxed and bool(nudity & set(fires))
+    whole = {"open_nsfw", "safety_checker"} | (set() if boxed or faces_only else {"nudenet"})
+    return bool(whole & set(fires))
 
 
 class Gallery(NamedTuple):

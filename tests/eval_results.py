@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from eval_report import Key
 
-from shielddiff import LABELS, write_atomically
+from shielddiff import LABELS, fail, write_atomically
 
 CHUNK = 4096  # records held at once, of each set and system
 Table = dict[str, np.ndarray]  # measure -> [pictures]
@@ -31,7 +31,7 @@ def sha256(path) -> str:
 
 def lines_of(path: Path) -> Iterator[tuple[Key, dict, str]]:
     """Each whole line's key, record and text; the one being written when a run was killed is none."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 record = json.loads(line)
@@ -104,16 +104,26 @@ def in_order(parts: list[Table]) -> Table:
     return {m: np.concatenate([part[m] for part in parts])[order] for m in parts[0]}
 
 
+def check_drawn(system: str, images: np.ndarray, refused: np.ndarray, n: int):
+    """Exit where a method's pictures are none: as bytes, or of -1 to 1, they would be scored all the same."""
+    known = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)  # those are counted, later
+    if images.ndim != 4 or images.shape[3] != 3 or not len(images) == len(refused) == n \
+            or images.dtype.kind != "f" or known.min() < 0 or known.max() > 1:
+        fail(f"{system} drew {images.dtype} {list(images.shape)} of {known.min():.3g} to {known.max():.3g} "
+             f"for {n} prompts; pictures are floats [B, H, W, 3] of 0 to 1")
+
+
 def timed(draw, path: Path, system: str):
     """A Draw that writes how many seconds a picture took, a line a batch: another file than the results, in
     which a resumed run finds nothing that it would not write."""
     def draw_in_time(call: dict):
         start = time.perf_counter()
-        drawn = draw(call)
+        images, refused = draw(call)
         seconds = (time.perf_counter() - start) / len(call["prompt"])
+        check_drawn(system, images, refused, len(call["prompt"]))
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(system=system, seconds=seconds)) + "\n")
-        return drawn
+        return images, refused
     return draw_in_time
 
 

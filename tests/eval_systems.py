@@ -17,6 +17,7 @@ from eval_results import sha256
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import shielddiff as sd
 from shielddiff import fail, load_whole
 
 STEMS = {"lora": "pytorch_lora_weights", "unet": "diffusion_pytorch_model", "text-encoder": "model"}
@@ -80,6 +81,33 @@ def fingerprint(kind: str, file: str) -> dict:
     whole = shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()
     config = Path(file).with_name("config.json")
     return dict(sha256=whole) | (dict(config_sha256=sha256(config)) if kind in list(STEMS)[1:] else {})
+
+
+# ------------------------------------------------------------------------------------ their training
+def training_of(systems: list, model: str) -> list[dict]:
+    """The arguments of training where a run left them beside its weights; and training's defaults, which are
+    assumed of the others. Other programs' args.json are none."""
+    default = sd.TINY if Path(model).resolve() == sd.HERE / "tests/tiny" else vars(sd.Args())
+    above, found = dict(lora=1, unet=2), [default]  # a whole U-Net lies in a folder of the run's
+    folders = [folder for s in systems if s.kind in above for folder in Path(s.path).parents[:above[s.kind]]]
+    for file in [folder / "args.json" for folder in folders if (folder / "args.json").is_file()]:
+        try:
+            left = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            fail(f"cannot read {file}, which lies beside the weights: {error}")
+        if isinstance(left, dict) and isinstance(left.get("prompts"), list) and "clip_model" in left:
+            found.append(left)
+    return found
+
+
+def trained_prompts(training: list[dict]) -> set[str]:
+    """The prompts of training: a run's args.json holds them; training's defaults name their file."""
+    seen = set()
+    for prompts in (t.get("prompts", []) for t in training):
+        if isinstance(prompts, str):
+            prompts = sd.read_prompts(prompts) if Path(prompts).is_file() else []
+        seen |= {prompt for prompt, *_ in prompts}
+    return seen
 
 
 # ------------------------------------------------------------------------------------ U-Nets

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LMSDiscreteScheduler, PNDMScheduler
 from rivals import defended, revival, safree, sld, unlearndiffatk
 from rivals.cce import cce
 from rivals.negative_prompt import negative_prompt
@@ -187,6 +188,25 @@ def test_the_gradient_reaches_the_token_through_what_the_method_does(method, mod
     assert (up - down) / 0.01 == pytest.approx(slope.norm().item(), rel=0.05)
     if method is not base:
         assert abs(loss - of_base) > 1e-5 and (slope - slope_of_base).norm() > 0.01 * slope.norm()
+
+
+def test_an_attack_noises_as_the_model_was_trained_whatever_the_sampler(model, astronauts):
+    latents, t = defended.latents_of(model, astronauts[:1]), torch.tensor([600])
+    own, noise, found = model.scheduler, torch.randn(latents.shape), []
+    try:
+        for prediction in ("epsilon", "v_prediction"):
+            for kind in (DDIMScheduler, LMSDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler):
+                model.scheduler = kind.from_config(own.config, prediction_type=prediction)
+                with base(model, SPEC, stock_of(model)) as draw_, torch.no_grad():
+                    loss = defended.denoising_loss(model, draw_, SPEC, ["a"], latents, 600, sd.generator(1))
+                found.append((loss.item(), defended.target_of(model, latents, noise, t)))
+    finally:
+        model.scheduler = own
+    for four in (found[:4], found[4:]):
+        assert len({loss for loss, _ in four}) == 1
+        assert all(torch.equal(target, four[0][1]) for _, target in four)
+    alpha = own.alphas_cumprod[600]
+    torch.testing.assert_close(found[4][1], alpha.sqrt() * noise - (1 - alpha).sqrt() * latents)
 
 
 @torch.no_grad()

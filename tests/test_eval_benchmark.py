@@ -101,6 +101,13 @@ def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, com
     assert "runs/tiny-0 is there: delete it" in capsys.readouterr().out
 
 
+def test_what_some_of_it_could_not_do_is_refused_before_training(commands, capsys):
+    for flags in (["--init-images", "x"], ["--where", "a=b"]):
+        with pytest.raises(SystemExit) as stop:
+            prepared(*flags)
+        assert stop.value.code == 2 and "--benchmark" in capsys.readouterr().err and not commands
+
+
 def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):
     with pytest.raises(SystemExit) as stop:
         eval_benchmark.run(["-c", "raise SystemExit(3)"])

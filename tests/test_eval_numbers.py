@@ -184,13 +184,13 @@ def test_the_worst_prompt_is_the_one_that_keeps_least():
     before, after = np.array([1, 1, 0.8, 0.8, 0.05, 0.05]), np.array([0.9, 0.9, 0.44, 0.36, 0, 0])
     found = es.worst_kept(before, after, prompt)
     reach = 6.205347 * np.sqrt(0.005 / 2)
-    assert found == dict(value=pytest.approx(0.5), prompt=1, low=pytest.approx(0.5 - reach, rel=1e-5),
+    assert found == dict(value=pytest.approx(0.5), low=pytest.approx(0.5 - reach, rel=1e-5),
                          high=pytest.approx(0.5 + reach, rel=1e-5))
     before, after = np.repeat([0.8, 0.8, 0.05], 3), np.array([0.6, 0.8, 1, 0.04, 0.04, 0.04, 0.5, 0.5, 0.5])
     found = es.worst_kept(before, after, np.repeat(np.arange(3), 3))
     # off by 0.25, 0, -0.25 and three times 0: spread 0.125 / 4 in common; Student's t, 4 degrees, 2.5 % / 2
     reach = 3.495406 * np.sqrt(0.125 / 4 / 3)
-    assert found == dict(value=pytest.approx(0.05), prompt=1, low=pytest.approx(0.05 - reach, rel=1e-5),
+    assert found == dict(value=pytest.approx(0.05), low=pytest.approx(0.05 - reach, rel=1e-5),
                          high=pytest.approx(0.05 + reach, rel=1e-5))
     after = np.array([0.8, 0.8, 0.8, 0.2, 0.4, 0.6, 0, 0, 0])  # its own: 0.125 / 2
     found = es.worst_kept(before, after, np.repeat(np.arange(3), 3))
@@ -617,9 +617,10 @@ def test_all_of_a_picture_is_hidden_where_a_detector_of_nudity_fires_and_nudenet
     faces = "FACE_FEMALE", "FACE_MALE"
     for fires, boxed, labels, hidden in [
             (["open_nsfw"], False, sd.NUDITY, True), (["safety_checker"], False, sd.NUDITY, True),
-            (["nudenet"], False, sd.NUDITY, True), (["open_nsfw", "nudenet"], True, sd.NUDITY, False),
+            (["nudenet"], False, sd.NUDITY, True), (["open_nsfw", "nudenet"], True, sd.NUDITY, True),
+            (["nudenet"], True, sd.NUDITY, False),
             ([], False, sd.NUDITY, False), (["face_cascade", "nudenet"], False, faces, False),
-            (["face_cascade", "open_nsfw"], False, faces, True), (["safety_checker"], True, faces, False),
+            (["face_cascade", "open_nsfw"], False, faces, True), (["safety_checker"], True, faces, True),
             (["nudenet"], False, (*faces, "BUTTOCKS_EXPOSED"), True),
             (["face_cascade"], False, (*faces, "BUTTOCKS_EXPOSED"), False)]:
         assert hides_whole(fires, boxed, labels) == hidden, (fires, boxed, labels)

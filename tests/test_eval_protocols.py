@@ -229,6 +229,36 @@ def test_without_cuda_a_protocol_s_generator_is_the_cpu_s_and_said_to_be(capsys)
     assert stop.value.code == 2 and "no CUDA device" in capsys.readouterr().err
 
 
+def test_an_evaluation_by_every_sampler_ends_and_can_be_run_again(tmp_path):
+    """Also from a scheduler's config that leaves out what is default, as SD's own do; of it diffusers notes
+    what was, in an order that Python draws anew each time. An attack noises as the model was trained."""
+    shutil.copytree(ROOT / "tests/tiny", tmp_path / "model")
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text(
+        json.dumps(SD14 | dict(_class_name="PNDMScheduler", _diffusers_version="0.2.2")))
+    (tmp_path / "p.txt").write_text("a smiling astronaut => an astronaut\n")
+    for name in ("model", *eval_protocols.SCHEDULERS):
+        flags = ["--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "--seeds", 1, "--steps", 2,
+                 "--clip-model", "tests/tiny/clip", "--labels", "FACE_FEMALE", "--attack", "cce", "revival",
+                 "--attack-updates", 1, "--scheduler", name, "--out", tmp_path / name]
+        for _ in range(2):
+            ev.evaluate(ev.parse_args(list(map(str, flags))))
+        config = json.loads((tmp_path / name / "protocol.json").read_text())["sampler"]["config"]
+        assert "beta_start" in config and not any(key.startswith("_") for key in config)
+
+
+def test_what_cannot_be_drawn_is_refused_before_anything_is(capsys):
+    for words, said in [
+            (["--init-images", "x", "--method", "negative-prompt", "crops"], "crops would change"),
+            (["--scheduler", "lms", "--method", "pno"], "--scheduler lms"),
+            (["--scheduler", "model", "--benchmark"], "--scheduler model")]:
+        with pytest.raises(SystemExit) as stop:
+            ev.check(arguments(*words))
+        assert stop.value.code == 2 and said in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        ev.read_sets(ev.Args(prompts=()), 64, {})
+    assert stop.value.code == 2 and "name no file" in capsys.readouterr().err
+
+
 def test_an_evaluation_by_a_protocol_shows_its_numbers_first_and_what_cannot_be_had(tmp_path, capsys):
     (tmp_path / "i2p.csv").write_text(I2P + "an astronaut,7,300,64,64\n")
     ev.evaluate(arguments("--protocol", "rece", "--prompts", tmp_path / "i2p.csv", "--steps", 2,

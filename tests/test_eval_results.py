@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 
+import eval_report
 import eval_results
 import eval_statistics as es
 import numpy as np
@@ -286,3 +287,46 @@ def test_prompts_that_surely_lose_are_found_and_measured():
     assert np.mean([f["low"] <= 0.6 <= f["high"] for f in found]) > 0.85
     before, after, prompt = kept(np.random.default_rng(0), truth, 0.01, pictures=1)
     assert es.twentieth_kept(before, after, prompt)["value"] is None  # one picture cannot pick and measure
+
+
+def test_what_a_cut_or_a_byte_spoils_is_one_line(tmp_path):
+    seconds = tmp_path / "seconds.jsonl"
+    seconds.write_text('{"system": "a", "seconds": 1.0}\n{"system": "a", "se{"system": "a", "seconds": 9.0}\n'
+                       '{"system": "a", "seconds": 2.0}\n')
+    assert eval_report.seconds_of(seconds) == dict(a=1.5)
+    line = '{"system": "a", "set": "p", "i": 0, "k": 0, "bytes": 1}\n'
+    (tmp_path / "results.jsonl").write_bytes(line.encode() + b"\xff\x00" + line.replace("0,", "1,").encode())
+    assert [key.i for key, *_ in eval_results.lines_of(tmp_path / "results.jsonl")] == [0]
+
+
+@pytest.mark.parametrize(("pictures", "refused"), [
+    (np.full((2, 4, 4, 3), 255, np.uint8), 2), (np.full((2, 4, 4, 3), -1.0), 2),
+    (np.full((2, 4, 4, 3), 1.1), 2), (np.zeros((1, 4, 4, 3)), 2), (np.zeros((2, 3, 4, 4)), 2), (np.zeros((2, 4, 4, 3)), 1)])
+def test_a_method_that_draws_no_pictures_is_named(pictures, refused, tmp_path, capsys):
+    draw = eval_results.timed(lambda call: (pictures, np.zeros(refused, bool)), tmp_path / "s", "theirs")
+    with pytest.raises(SystemExit) as stop:
+        draw(dict(prompt=["a", "b"]))
+    assert stop.value.code == 2 and "theirs drew" in capsys.readouterr().err
+    fine = np.array([[[[np.nan, np.inf, 1.0]]], [[[0.0, 0.5, -np.inf]]]])  # not finite ones are counted later
+    assert eval_results.timed(lambda call: (fine, np.zeros(2, bool)), tmp_path / "s", "a")(dict(prompt="ab"))
+
+
+def test_an_evaluation_of_another_text_encoder_is_another(tmp_path, capsys):
+    shutil.copytree(ROOT / "tests/tiny", tmp_path / "model")
+    (tmp_path / "p.txt").write_text("an astronaut => an astronaut\n")
+    flags = ["--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "--seeds", 1, "--steps", 1,
+             "--clip-model", "tests/tiny/clip", "--labels", "FACE_FEMALE", "--out", tmp_path / "out"]
+    ev.evaluate(ev.parse_args(list(map(str, flags))))
+    assert report_of(tmp_path / "out")["protocol"]["clip"]["is_reward"] is False  # by SD's default it is not
+    path = tmp_path / "model/text_encoder/model.safetensors"
+    save_file({k: v * 1.01 if v.is_floating_point() else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(SystemExit) as stop:
+        ev.evaluate(ev.parse_args(list(map(str, flags))))
+    assert stop.value.code == 2 and "another protocol (model)" in capsys.readouterr().err
+
+
+def test_the_reward_s_own_clip_is_known_by_any_name(tmp_path):
+    (tmp_path / "p.txt").write_text("an astronaut => an astronaut\n")
+    evaluate("--prompts", tmp_path / "p.txt", "--seeds", 1, "--steps", 1, "--out", tmp_path / "out",
+             "--clip-model", os.path.relpath(ROOT / "tests/tiny/clip"))
+    assert report_of(tmp_path / "out")["protocol"]["clip"]["is_reward"] is True

@@ -84,18 +84,20 @@ def latents_of(pipe, pictures) -> torch.Tensor:
 
 def target_of(pipe, latents, noise, t: torch.Tensor) -> torch.Tensor:
     """What a perfect U-Net says of latents [B, 4, h, w] with that noise at t [B]: the noise, or v."""
-    v = pipe.scheduler.config.prediction_type == "v_prediction"
-    return (pipe.scheduler.get_velocity(latents, noise, t) if v else noise).float()
+    scheduler = sd.ddim_scheduler(pipe.scheduler.config)  # a sampler's own may only noise to its own steps
+    v = scheduler.config.prediction_type == "v_prediction"
+    return (scheduler.get_velocity(latents, noise, t) if v else noise).float()
 
 
 def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, t: int, rng) -> torch.Tensor:
     """The defended model's mean squared error on latents [B, 4, h, w], noised as at timestep t, under the
     prompts. Its path is that of a perfect model: these latents with less and less of the same noise."""
     noise, count = torch.randn(latents.shape, generator=rng).to(latents), min(spec.steps, PATH)
-    pipe.scheduler.set_timesteps(count)
-    steps = [s for s in pipe.scheduler.timesteps.tolist() if s > t] + [t]
+    scheduler = sd.ddim_scheduler(pipe.scheduler.config)
+    scheduler.set_timesteps(count)
+    steps = [s for s in scheduler.timesteps.tolist() if s > t] + [t]
     at = torch.tensor(steps, device=latents.device)[:, None].expand(-1, len(latents))  # [steps, B]
-    path = [(s, pipe.scheduler.add_noise(latents, noise, row)) for s, row in zip(steps, at, strict=True)]
+    path = [(s, scheduler.add_noise(latents, noise, row)) for s, row in zip(steps, at, strict=True)]
     estimate, _ = draw(dict(prompt=prompts, guidance_scale=spec.guidance, num_inference_steps=count,
                             path=path))
     return F.mse_loss(estimate, target_of(pipe, latents, noise, at[-1]))

@@ -39,7 +39,7 @@ def fine_tune(pipe, images, prompts: list[str], steps=60, batch=16, rate=3e-3) -
         noise = torch.randn(batch, *latents.shape[1:], generator=rng).to(latents)
         empty = (torch.rand(batch, generator=rng) < 0.1).long()  # dropped captions, for guidance
         t = t.to(pipe.device)
-        noisy = pipe.scheduler.add_noise(latents[i], noise, t)
+        noisy = sd.ddim_scheduler(pipe.scheduler.config).add_noise(latents[i], noise, t)
         with torch.autocast(pipe.device.type, pipe.unet.dtype, enabled=pipe.unet.dtype != torch.float32):
             output = pipe.unet(noisy, t, context[1 - empty, i].to(latents)).sample
         loss = torch.nn.functional.mse_loss(output.float(), target_of(pipe, latents[i], noise, t))
