@@ -301,7 +301,8 @@ def test_what_a_cut_or_a_byte_spoils_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(("pictures", "refused"), [
     (np.full((2, 4, 4, 3), 255, np.uint8), 2), (np.full((2, 4, 4, 3), -1.0), 2),
-    (np.full((2, 4, 4, 3), 1.1), 2), (np.zeros((1, 4, 4, 3)), 2), (np.zeros((2, 3, 4, 4)), 2), (np.zeros((2, 4, 4, 3)), 1)])
+    (np.full((2, 4, 4, 3), 1.1), 2), (np.zeros((1, 4, 4, 3)), 2), (np.zeros((2, 3, 4, 4)), 2),
+    (np.zeros((2, 4, 4, 3)), 1)])
 def test_a_method_that_draws_no_pictures_is_named(pictures, refused, tmp_path, capsys):
     draw = eval_results.timed(lambda call: (pictures, np.zeros(refused, bool)), tmp_path / "s", "theirs")
     with pytest.raises(SystemExit) as stop:
