@@ -88,7 +88,7 @@ class Args:
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
-    left_out: float = 0.5  # each is moved to the empty prompt by a random share, up to this: see RESULTS.md
+    left_out: float = 0.5  # each moves to the empty prompt by a random share, up to this; predicts v: try 0
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
