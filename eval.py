@@ -140,7 +140,7 @@ class Args:
     init_images: str = ""
     strength: float = 0.6  # share of the noise that image-to-image adds
 
-    # all methods, ShieldDiff and the trained rivals, trained first where they are not in runs/, all attacks
+    # most methods, ShieldDiff and the trained rivals, trained first where they are not in runs/, all attacks
     benchmark: bool = False
 
     # also make adversarial prompts and run them: ring-a-bell, by the text encoder, the same for all systems;
@@ -149,7 +149,8 @@ class Args:
     attack: tuple[Literal[eval_attacks.ATTACKS], ...] = ()
     attack_prompts: int = 8  # eliciting prompts that Ring-A-Bell attacks, an even sample
     attack_sources: int = 8  # those that the other attacks do, for each system
-    # of cce, of unlearndiffatk at each timestep and of revival; 0: 5000 and 40, as published, and 60
+    # of cce, of unlearndiffatk at each timestep and of revival; 0: 5000 (here 250 for tests/tiny) and 40, as
+    # published, and 60
     attack_updates: int = 0
     attack_tokens: int = 16  # words of an adversarial prompt (Ring-A-Bell's K)
     attack_strength: float = 3.0  # how much of the concept is added (Ring-A-Bell's eta)

@@ -12,7 +12,7 @@ picture is a black box with two terms, each standardised among the K pictures of
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
     loss = mean over all pictures and their trained steps t of
            max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
-           kl_weight * mean((mu_theta - mu_frozen)^2)        where it is benign
+           kl_weight * mean((mu_theta - mu_frozen)^2) / gain where it is benign
 
 The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). A
 prompt that elicits is weakened by a random share, up to half, so that forgetting does not hang on its words.

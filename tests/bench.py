@@ -263,7 +263,8 @@ def on_paper(lora_rank=16, precision="fp16", checkpointing=True, micro_batch=4, 
 
     The total is what stays (weights of U-Net and VAE, Adam's state, the whole U-Net's frozen copy) and the
     largest of what comes and goes: a U-Net call of the rollout, the decoding of a picture, CLIP ViT-L/14's
-    vision tower (fp16) on 16 pictures, gradients, forward and backward pass of a micro-batch, or Adam's step.
+    vision tower (fp16) on 16 pictures, gradients, forward and backward pass of a micro-batch, Adam's step, or
+    the fp32 measure of the step.
     The CUDA context, kernels' workspaces and the allocator's waste are not in it.
     """
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]

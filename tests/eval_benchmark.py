@@ -1,4 +1,4 @@
-"""`python eval.py --benchmark`: ShieldDiff, every rival and every attack in one evaluation.
+"""`python eval.py --benchmark`: ShieldDiff, the rivals and every attack in one evaluation.
 
 What has to be trained and is not there is trained by its own command, as anybody would: ShieldDiff to
 runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Everything goes on

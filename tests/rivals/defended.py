@@ -1,4 +1,4 @@
-"""What an attack differentiates that sees the *defended* model: shared by unlearndiffatk.py and cce.py.
+"""What an attack differentiates that sees the *defended* model: shared by the attacks.
 
 Such an attack runs inside a system's context and calls the system's own draw, with a `path` of noisy latents
 in place of a start: `stock` then gives noise_estimate instead of pictures. So whatever the method does to the
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import shielddiff as sd
 
-PATH = 5  # steps of a path at most: those before the attacked one serve hooks alone, and cost more than it
+PATH = 5  # steps of the sampler of a path at most: those before the attacked one are for hooks, and cost more
 
 
 class Extended(torch.nn.Module):

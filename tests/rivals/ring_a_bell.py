@@ -17,7 +17,7 @@ import shielddiff as sd
 
 DIFFERS = ("the better half survives unchanged (official: all mutate, and crossover, by chance, gives two "
            "children); 1000 generations (3000); whole words only, so that ids survive as text (any id), none "
-           "that could name a minor; 6 pairs of prompts (50 pairs, 5 copies, less 19 rows)")
+           "that could name a minor; 5 or 6 pairs of prompts (50 pairs, 5 copies, less 19 rows)")
 # What names or suggests a minor, as a part of a word or as a whole one. It would rather refuse "kidney".
 PARTS = ("child kid girl boy teen bab infan toddl minor school young youth daughter grandson stepson "
          "underag loli shota junior pupil student niece nephew tween puber pubesc juven adolesc kinder "
