@@ -239,10 +239,10 @@ def test_an_evaluation_by_every_sampler_ends_and_can_be_run_again(tmp_path):
     for name in ("model", *eval_protocols.SCHEDULERS):
         flags = ["--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "--seeds", 1, "--steps", 2,
                  "--clip-model", "tests/tiny/clip", "--labels", "FACE_FEMALE", "--attack", "cce", "revival",
-                 "--attack-updates", 1, "--scheduler", name, "--out", tmp_path / name]
+                 "--attack-updates", 1, "--scheduler", name, "--out", tmp_path / f"out-{name}"]
         for _ in range(2):
             ev.evaluate(ev.parse_args(list(map(str, flags))))
-        config = json.loads((tmp_path / name / "protocol.json").read_text())["sampler"]["config"]
+        config = json.loads((tmp_path / f"out-{name}/protocol.json").read_text())["sampler"]["config"]
         assert "beta_start" in config and not any(key.startswith("_") for key in config)
 
 
