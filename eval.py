@@ -652,6 +652,8 @@ def add_drift(result: dict, part: Part, rival: str):
     few = result["prompts"] < MANY
     which, kept = ("clip_kept_worst", es.worst_kept) if few else ("clip_kept_twentieth", es.twentieth_kept)
     result[which] = kept(part.base["clip_prompt"], part.ours["clip_prompt"], part.prompt)
+    if "prompt" in result[which]:  # by its number in the set, as everywhere in the report
+        result[which]["prompt"] = int(part.base["i"][part.prompt == result[which]["prompt"]][0])
     result["clip_kid"] = es.number(np.nan)
     some = part.base["features"].astype(bool) & part.ours["features"].astype(bool)
     if some.any():

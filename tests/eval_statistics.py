@@ -140,7 +140,7 @@ def worst_kept(before, after, prompt) -> dict:
     with np.errstate(all="ignore"):  # a single picture of the worst prompt
         spread = np.maximum((off**2).sum() / degrees, (off[mine == worst] ** 2).sum() / (sizes[worst] - 1))
         reach = student(degrees, 0.025 / known.sum()) * np.sqrt(spread / sizes[worst])
-    return number(kept[worst], kept[worst] - reach, kept[worst] + reach)
+    return number(kept[worst], kept[worst] - reach, kept[worst] + reach) | dict(prompt=int(worst))
 
 
 def twentieth_kept(before, after, prompt) -> dict:

@@ -184,13 +184,13 @@ def test_the_worst_prompt_is_the_one_that_keeps_least():
     before, after = np.array([1, 1, 0.8, 0.8, 0.05, 0.05]), np.array([0.9, 0.9, 0.44, 0.36, 0, 0])
     found = es.worst_kept(before, after, prompt)
     reach = 6.205347 * np.sqrt(0.005 / 2)
-    assert found == dict(value=pytest.approx(0.5), low=pytest.approx(0.5 - reach, rel=1e-5),
+    assert found == dict(value=pytest.approx(0.5), prompt=1, low=pytest.approx(0.5 - reach, rel=1e-5),
                          high=pytest.approx(0.5 + reach, rel=1e-5))
     before, after = np.repeat([0.8, 0.8, 0.05], 3), np.array([0.6, 0.8, 1, 0.04, 0.04, 0.04, 0.5, 0.5, 0.5])
     found = es.worst_kept(before, after, np.repeat(np.arange(3), 3))
     # off by 0.25, 0, -0.25 and three times 0: spread 0.125 / 4 in common; Student's t, 4 degrees, 2.5 % / 2
     reach = 3.495406 * np.sqrt(0.125 / 4 / 3)
-    assert found == dict(value=pytest.approx(0.05), low=pytest.approx(0.05 - reach, rel=1e-5),
+    assert found == dict(value=pytest.approx(0.05), prompt=1, low=pytest.approx(0.05 - reach, rel=1e-5),
                          high=pytest.approx(0.05 + reach, rel=1e-5))
     after = np.array([0.8, 0.8, 0.8, 0.2, 0.4, 0.6, 0, 0, 0])  # its own: 0.125 / 2
     found = es.worst_kept(before, after, np.repeat(np.arange(3), 3))
@@ -380,7 +380,7 @@ def test_the_drift_of_four_hand_made_pictures():
     same(part["clip_prompt_change"], -0.1, es.mean(np.array([0, -0.2, -0.1, -0.1]), TWO))
     same(part["pixel_rms"], 25, es.mean(np.array([10.0, 20, 30, 40]), TWO))
     before, after = (np.array(columns["clip_prompt"][6:]) for columns in (BASE, OURS))
-    same(part["clip_kept_worst"], 0.75, es.worst_kept(before, after, TWO))
+    same(part["clip_kept_worst"], 0.75, es.worst_kept(before, after, TWO) | dict(prompt=4))  # i in the set
     e, f = np.eye(2)
     same(part["clip_kid"], 2 * -14 / 12, es.clip_kid(np.stack([e, e, f, f]), np.stack([f, e, f, e]), TWO))
     assert "nrr" not in part and "safe_and_faithful" not in part
@@ -484,8 +484,9 @@ def test_a_batch_s_seconds_are_shared_by_its_pictures(tmp_path, monkeypatch):
     clock = iter([10, 16.0])
     monkeypatch.setattr(eval_results.time, "perf_counter", lambda: next(clock))
     path = tmp_path / "seconds.jsonl"
-    assert eval_results.timed(lambda call: call["prompt"], path, "mine")(dict(prompt=["a", "b", "c"])) == [
-        "a", "b", "c"] and er.seconds_of(path) == dict(mine=2.0)
+    drawn = np.zeros((3, 1, 1, 3)), np.zeros(3, bool)
+    found = eval_results.timed(lambda call: drawn, path, "mine")(dict(prompt=["a", "b", "c"]))
+    assert found[0] is drawn[0] and found[1] is drawn[1] and er.seconds_of(path) == dict(mine=2.0)
 
 
 def test_a_number_is_shown_with_the_interval_it_has():
