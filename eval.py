@@ -149,8 +149,8 @@ class Args:
     attack: tuple[Literal[eval_attacks.ATTACKS], ...] = ()
     attack_prompts: int = 8  # eliciting prompts that Ring-A-Bell attacks, an even sample
     attack_sources: int = 8  # those that the other attacks do, for each system
-    # of cce, of unlearndiffatk at each timestep and of revival; 0: 5000 (here 250 for tests/tiny) and 40, as
-    # published, and 60
+    # of cce, of unlearndiffatk at each timestep and of revival; 0: 5000 and 40, as published, and 60
+    # (tests/tiny: 250 of cce)
     attack_updates: int = 0
     attack_tokens: int = 16  # words of an adversarial prompt (Ring-A-Bell's K)
     attack_strength: float = 3.0  # how much of the concept is added (Ring-A-Bell's eta)

@@ -379,7 +379,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                 (loss.sum() * LOSS_SCALE / steps.numel()).backward()
                 seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
             if n == (len(batches) - 1) // 2 and i == 0:
-                half = torch.cat([p.grad.flatten()[::16].cpu() for p in params])  # a sample of them
+                half = torch.cat([p.grad.flatten()[::16].cpu() for p in params])  # all of a U-Net's: 3 GB
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
         if i == 0 and not held.all():  # nothing is updated yet: the policy that scores has sampled, too
@@ -427,7 +427,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
         learned = update(run, roll)
     except FloatingPointError:  # of a later update: what the first ones moved goes back
         torch._foreach_copy_([p.data for p in group["params"]], before)
-        group["rate"] *= 0.4
+        group["rate"] *= 0.4  # or the next one would end alike
         raise
     for sizing in range(8):
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
@@ -629,9 +629,9 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
                            for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]  # wherever they lie
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
-    parts = [pairs[i:i + 128] for i in range(0, len(pairs), 128)]  # of thousands at once: memory
-    context = torch.cat([encode_prompts(pipe, [p for p, _, _ in part]) for part in parts], dim=1)
-    captions = torch.cat([caption_features(clip, processor, [c for _, c, _ in p]) for p in parts]).cpu()
+    parts = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # at once they need GBs
+    context = torch.cat([encode_prompts(pipe, prompts) for prompts, *_ in parts], dim=1)  # [2, N, 77, d]
+    captions = torch.cat([caption_features(clip, processor, texts) for _, texts, _ in parts]).cpu()  # [N, d]
     unet, schedule = pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps)
     if args.attention == "xformers":
         try:
