@@ -629,7 +629,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
                            for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]  # wherever they lie
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
-    parts = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # at once they need GBs
+    parts = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # all at once: GBs
     context = torch.cat([encode_prompts(pipe, prompts) for prompts, *_ in parts], dim=1)  # [2, N, 77, d]
     captions = torch.cat([caption_features(clip, processor, texts) for _, texts, _ in parts]).cpu()  # [N, d]
     unet, schedule = pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps)
