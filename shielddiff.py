@@ -88,7 +88,7 @@ class Args:
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
-    left_out: float = 0.5  # each moves to the empty prompt by a random share, up to this; predicts v: try 0
+    left_out: float = 0.5  # each moves to the empty prompt by a random share, up to this
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
@@ -137,7 +137,7 @@ class Schedule(NamedTuple):
     alpha: torch.Tensor  # [T] fp32, alphas_cumprod at each timestep
     alpha_prev: torch.Tensor  # [T] fp32, alphas_cumprod at t - n // T, as DDIMScheduler has it
     prediction_type: str  # "epsilon" or "v_prediction"
-    gain: float  # mean over the trajectory of (d mean / d U-Net output)^2
+    gain: float  # mean over the trajectory of (d mean / d predicted noise)^2, also where v is predicted
 
 
 @dataclasses.dataclass
@@ -182,8 +182,8 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
         fail("the model's scheduler has a step without noise among those to train: no log-prob exists there")
     if kind == "epsilon" and alpha[0] < 1e-6:  # the picture is divided by its square root
         fail("the model's scheduler begins at zero signal (zero terminal SNR) and yet predicts noise, not v")
-    mean = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, kind, noise=0)[2]
-    return Schedule(t, alpha, alpha_prev, kind, mean[:-1].square().mean().item())
+    mean = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, noise=0)[2][:-1]
+    return Schedule(t, alpha, alpha_prev, kind, mean[alpha[:-1] > 1e-6].square().mean().item())
 
 
 def ddim_sigma(alpha, alpha_prev, eta=1.0):

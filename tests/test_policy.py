@@ -210,12 +210,22 @@ def test_prompts_of_a_step_are_shuffled_passes_and_depend_on_the_seed_alone():
 
 
 # ------------------------------------------------------------------------------------ the step and its update
-def gain_by_hand(scheduler):
-    """The mean over all steps but the last of how far a step moves for 1 more of the U-Net's output."""
+def gain_by_hand(scheduler, first=0):
+    """The mean over all steps but the last of how far a step moves for 1 more of predicted noise."""
     one = torch.ones(1)
     moves = [scheduler.step(one, t, 0 * one, eta=1.0, variance_noise=0 * one).prev_sample.item()
-             for t in scheduler.timesteps[:-1]]
+             for t in scheduler.timesteps[first:-1]]
     return sum(m**2 for m in moves) / len(moves)
+
+
+@pytest.mark.parametrize("change", [{}, dict(rescale_betas_zero_snr=True, timestep_spacing="trailing")])
+def test_drift_has_one_unit_predicted_noise_whatever_the_model_predicts(change):
+    """With the unit of v, 11 times smaller here, a model that predicts it was held and did not forget."""
+    scheduler = DDIMScheduler.from_config({**SD_CONFIG, **change}, clip_sample=False)
+    scheduler.set_timesteps(8)
+    config = {**SD_CONFIG, **change, "prediction_type": "v_prediction"}
+    by_hand = gain_by_hand(scheduler, first=len(change) // 2)  # at zero signal, noise moves without bound
+    assert sd.noise_schedule(config, 8).gain == pytest.approx(by_hand, rel=1e-4)
 
 
 def by_hand(run, roll, steps, clip_range):
