@@ -10,9 +10,9 @@ picture is a black box with two terms, each standardised among the K pictures of
 
     A    = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
-    loss = mean over all pictures and their trained steps t of
-           max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
-           kl_weight * mean((mu_theta - mu_frozen)^2) / gain where it is benign
+    loss = mean over all pictures and their trained steps t, of the T' steps that are rewarded, of
+           max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))           where the prompt elicits the content,
+           kl_weight / T' * mean((mu_theta - mu_frozen)^2) / gain where it is benign
 
 The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). A
 prompt that elicits is weakened by a random share, up to half, so that forgetting does not hang on its words.
@@ -95,9 +95,9 @@ class Args:
     step_nats: float = 2.0  # how far a step moves the policy, where every group has signal: see sized_update
     learning_rate: float = 1e-3  # a first guess: each step's follows from how far the one before it moved
     clip_range: float = 1.5  # PPO clip on the true log-ratio of a denoising step, in nats
-    kl_weight: float = 2.5  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
-    clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
-    nudity_weight: float = 1.0  # of the standardised nudity score in the advantage
+    kl_weight: float = 10.0  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
+    clip_weight: float = 1.0  # of the standardised CLIP score in the advantage; what counts is its ratio to
+    nudity_weight: float = 1.0  # that of the standardised nudity score
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
     lora_rank: int = 16  # of the LoRA on the attention projections; 0 trains the whole U-Net
     attention: Literal["sdpa", "xformers"] = "sdpa"  # PyTorch's; xformers is as lean and, on an H100, slower
@@ -137,7 +137,7 @@ class Schedule(NamedTuple):
     alpha: torch.Tensor  # [T] fp32, alphas_cumprod at each timestep
     alpha_prev: torch.Tensor  # [T] fp32, alphas_cumprod at t - n // T, as DDIMScheduler has it
     prediction_type: str  # "epsilon" or "v_prediction"
-    gain: float  # mean over the trajectory of (d mean / d predicted noise)^2, also where v is predicted
+    gain: float  # mean of (d mean / d predicted noise)^2 over the steps, but those with less signal than SD's
 
 
 @dataclasses.dataclass
@@ -183,7 +183,7 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
     if kind == "epsilon" and alpha[0] < 1e-6:  # the picture is divided by its square root
         fail("the model's scheduler begins at zero signal (zero terminal SNR) and yet predicts noise, not v")
     mean = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, noise=0)[2][:-1]
-    return Schedule(t, alpha, alpha_prev, kind, mean[alpha[:-1] > 1e-6].square().mean().item())
+    return Schedule(t, alpha, alpha_prev, kind, mean[alpha[:-1] > 4e-3].square().mean().item())
 
 
 def ddim_sigma(alpha, alpha_prev, eta=1.0):
@@ -284,17 +284,16 @@ def image_features(clip, processor, images: np.ndarray) -> torch.Tensor:
 def group_standardise(rewards: torch.Tensor, floor: float) -> torch.Tensor:
     """Rewards [P, K] of any dtype -> (r - mean) / max(std, floor) within each group of K, fp32: zero in a
     constant group. The floor keeps the noise of an already safe group from being blown up to full size."""
-    rewards = rewards.float()  # integer rewards must not make integer advantages
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    centred = rewards.float() - rewards.float().mean(dim=1, keepdim=True)  # integers must not stay integers
     return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floor)
 
 
 def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0, floor=1.0):
-    """Scores [P, K] -> advantages [P, K]. Standardised before weighting: weights mean relative importance.
-    Cosines of different CLIPs differ in size, so their floor is relative: 6 % of the mean."""
+    """Scores [P, K] -> advantages [P, K]. Standardised before weighting, by weights of norm sqrt(2): relative
+    importance is all they mean. Cosines of different CLIPs differ in size: their floor is 6 % of the mean."""
     clip = group_standardise(clip_scores, floor * 0.06 * clip_scores.mean().abs().item())
     advantages = clip_weight * clip - nudity_weight * group_standardise(nudity, floor * 0.08)
-    return advantages.clamp(-clamp, clamp)
+    return (advantages / (math.hypot(clip_weight, nudity_weight) / math.sqrt(2))).clamp(-clamp, clamp)
 
 
 # ------------------------------------------------------------------------------------ 3. the rollout
@@ -348,10 +347,9 @@ def losses(policy: Policy, roll: Rollout, rows, s, clip_range: float, kl_weight:
 
     The KL to the frozen policy acts on held pictures alone, less its factor 1 / (2 sigma^2), which blows up
     in the end. The rest of it, a squared distance of two means in units of predicted noise, is the drift."""
-    context, x, x_prev, old_log_prob, advantage, held = (
-        v.to(policy.unet.device) for v in (
-            roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
-            roll.advantage[rows], roll.held[rows]))  # [2, b, 77, d], [b, 4, h, w] twice, [b] three times
+    context, x, x_prev, old_log_prob, advantage, held = (v.to(policy.unet.device) for v in (
+        roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
+        roll.advantage[rows], roll.held[rows]))  # [2, b, 77, d], [b, 4, h, w] twice, [b] three times
     _, log_prob, mean, _ = act(policy, x, s, context, x_prev=x_prev)
     loss, ratio = policy_loss(log_prob, old_log_prob, advantage, clip_range or math.inf)
     drift = torch.zeros_like(loss)
@@ -363,40 +361,41 @@ def losses(policy: Policy, roll: Rollout, rows, s, clip_range: float, kl_weight:
 
 
 def update(run: "Run", roll: Rollout) -> dict:
-    """The optimizer updates of one rollout, among which each picture's steps are dealt out; their metrics.
-    Micro-batches are the rollout's own: the same kernels give the same numbers, and the first update's ratio
+    """The optimizer updates of one rollout, among which each picture's steps are dealt out; their metrics, on
+    the way. Micro-batches are the rollout's own: the same kernels give the same numbers, and the first ratio
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, params = run.args, run.optimizer, run.optimizer.param_groups[0]["params"]
-    seen, norms, self_check, agreement = [], [], 0.0, 0.0
+    seen, norms, grads, first = [], [], [], {}
     clip_range = args.clip_range / roll.latents[0, 0].numel()  # of means over D, not sums
+    kl_weight = args.kl_weight / trainable(args)  # as each of these steps has a mere share in the reward
     finite(roll.advantage, "a reward")
     batches = torch.arange(len(roll.held)).split(args.micro_batch)
+    judged, pulled = ([b for b in batches if roll.held[b].all() == held] for held in (False, True))
     for i, steps in enumerate(roll.steps.tensor_split(args.updates_per_step, dim=1)):
         optimizer.zero_grad()
-        for n, rows in enumerate(batches[::2] + batches[1::2]):
-            for s in steps[rows].T:  # [b], one step a picture
-                loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), args.kl_weight)
-                (loss.sum() * LOSS_SCALE / steps.numel()).backward()
-                seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
-            if n == (len(batches) - 1) // 2 and i == 0:
-                half = torch.cat([p.grad.flatten()[::16].cpu() for p in params])  # all of a U-Net's: 3 GB
+        for part in (judged[::2], pulled, judged[1::2]):
+            for rows in part:
+                for s in steps[rows].T:  # [b], one step a picture
+                    loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), kl_weight)
+                    (loss.sum() * LOSS_SCALE / steps.numel()).backward()
+                    seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
+            if i == 0 and judged:  # a sample of the gradient so far: all of a whole U-Net's were 3 GB
+                grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
-        if i == 0 and not held.all():  # nothing is updated yet: the policy that scores has sampled, too
-            rest = torch.cat([p.grad.flatten()[::16].cpu() for p in params]) - half
-            agreement = torch.cosine_similarity(half, rest, dim=0).item()  # lower: more noise
-            self_check = (ratio[held == 0] - 1).abs().max().item()
-            if self_check > clip_range and args.updates_per_step > 1:  # a single update is not clipped
-                fail(f"self-check failed: ratios of the unchanged policy are off by {self_check:.1e}, over "
+        if i == 0 and judged:  # nothing is updated yet: the policy that scores has sampled, too
+            a, pull, b = grads[0], grads[1] - grads[0], grads[2] - grads[1]
+            off = (ratio[held == 0] - 1).abs().max().item()
+            first = dict(ratio_max_dev=off, kl_share=(pull.norm() / (pull.norm() + (a + b).norm())).item(),
+                         gradient_agreement=(a @ b / (a.norm() * b.norm())).item())  # lower: more noise
+            if off > clip_range and args.updates_per_step > 1:  # a single update is not clipped
+                fail(f"self-check failed: ratios of the unchanged policy are off by {off:.1e}, over "
                      f"--clip-range; try another --attention or --precision fp32", code=1)
         norms.append(torch.nn.utils.clip_grad_norm_(params, LOSS_SCALE).cpu() / LOSS_SCALE)
         finite(norms[-1], "the gradient")
         optimizer.step()
-    means = dict(drift=drift[held == 1], grad_norm=torch.tensor(norms),
-                 clip_fraction=((ratio[held == 0] - 1).abs() > clip_range).float())
-    return {k: v.mean().item() for k, v in means.items() if len(v)} | dict(
-        ratio_max_dev=self_check, gradient_agreement=agreement,
-        kl_share=(loss[held == 1].abs().sum() / loss.abs().sum().clamp(min=1e-12)).item())
+    return first | dict(drift=drift[held == 1].mean().item(), grad_norm=torch.tensor(norms).mean().item(),
+                        clip_fraction=((ratio[held == 0] - 1).abs() > clip_range).float().mean().item())
 
 
 @torch.no_grad()
@@ -471,9 +470,8 @@ def generator(*key) -> torch.Generator:
 
 def prompts_of_step(prompts: list[int], how_many: int, seed: int, step: int) -> list[int]:
     """The next of these prompts (their indices): shuffled passes through them, one after the other."""
-    n, positions = len(prompts), range(step * how_many, (step + 1) * how_many) if prompts else ()
-    return [prompts[torch.randperm(n, generator=generator(seed, "prompts", p // n))[p % n]]
-            for p in positions]
+    n, turns = len(prompts), range(step * how_many, (step + 1) * how_many) if prompts else ()
+    return [prompts[torch.randperm(n, generator=generator(seed, "prompts", i // n))[i % n]] for i in turns]
 
 
 def trainable(args: Args) -> int:
@@ -522,7 +520,7 @@ def policy_gradient_step(run: Run, step: int) -> dict:
 # ------------------------------------------------------------------------------------ 6. the run
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    zero = "left_out guidance_scale kl_weight clip_weight nudity_weight lora_rank held_per_step seed".split()
+    zero = "left_out guidance_scale kl_weight clip_weight lora_rank held_per_step seed".split()
     for name, value in vars(args).items():
         lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails every comparison
         highest = 1 if name == "left_out" else 2**63 - 1
@@ -709,27 +707,27 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
         if out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
             fail(f"output folder {out} is in use: add --resume to go on, or name another with --out")
         return None
-    for path in filter(Path.exists, (out / "checkpoint.pt", out / "checkpoint-before.pt")):
+    paths = [p for p in (out / "checkpoint.pt", out / "checkpoint-before.pt") if p.exists()]
+    for i, path in enumerate(paths):
         try:
             if bad := zipfile.ZipFile(path).testzip():  # a flipped bit, which torch.load does not notice
                 raise ValueError(f"wrong checksum of {bad}")
             then = (state := torch.load(path, map_location="cpu", weights_only=True))["settings"]
         except Exception as error:  # whatever zipfile and torch make of damaged bytes, or of a failing disk
-            aside = path.replace(path.with_suffix(".damaged"))  # or it would push out the good one
-            print(f"checkpoint {path} is damaged ({error!r}), now {aside}: looking for the one before it")
+            print(f"checkpoint {path} is damaged ({error!r}): looking for the one before it")
             continue
         free = "steps resume out save_every micro_batch show_uncensored model clip_model".split()  # see train
         if changed := [f"{k} was {str(then.get(k))[:60]}, is {str(v)[:60]}" for k, v in settings.items()
                        if k not in free and v != then.get(k)]:
             fail(f"--resume with other arguments than before (None: another version's): {', '.join(changed)}")
-        return state
+        return state | dict(damaged=paths[:i])
     fail(f"--resume: {out} holds no run")
 
 
 def what_to_tell(metrics: list[dict]) -> str:
     """That there is nothing to learn from or, every 20 steps, that nothing was learned; else empty."""
     last = [m for m in metrics[-20:] if "skipped" not in m]
-    reward, signal, agreement, share, rate = (np.array([m[k] for m in last]) for k in (
+    reward, signal, agreement, share, rate = (np.array([m.get(k, math.nan) for m in last]) for k in (
         "reward", "signal", "gradient_agreement", "kl_share", "nudity_rate"))  # [n] each
     if len(metrics) == 1 == len(last) and signal[0] < 0.2 and rate[0] in (0, 1):
         return (f"nothing to learn from: {'every' if rate[0] else 'no'} picture of the first rollout shows "
@@ -779,6 +777,8 @@ def train(args: Args):
             if state:
                 run.policy.unet.load_state_dict(run.policy.unet.state_dict() | state["weights"])
                 run.optimizer.load_state_dict(state["optimizer"])
+                for path in state["damaged"]:
+                    path.replace(path.with_suffix(".damaged"))  # or it would push out the good one
             metrics, state = state["metrics"] if state else [], None
             save(run, metrics, out)  # shows that the disk can hold it, and is what to go back to
             write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2)))

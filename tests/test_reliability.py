@@ -173,6 +173,7 @@ def test_no_bytes_pass_for_a_checkpoint(tmp_path, capsys, content):
         sd.open_run(sd.Args(resume=True), {}, tmp_path)
     said = capsys.readouterr()
     assert "is damaged" in said.out and "holds no run" in said.err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == content  # a stranger's, maybe
 
 
 def test_a_checkpoint_runs_nobody_s_code(tmp_path, capsys):
