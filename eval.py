@@ -399,13 +399,17 @@ def load_judges(args: Args, rival: str, device) -> Judges:
     clip, processor = sd.load_clip(args.clip_model, device)
     detector = nudenet.NudeDetector()
     detector.onnx_session = sd.load_nudenet()  # the same network, without threads that spin
-    checker = preprocess = None
+    checker, preprocess, own = None, None, Path(args.model, "safety_checker")
+    half = {"fp16" in p.name for p in own.glob("*.safetensors*")} == {True}  # as in shielddiff.load_whole
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(
-            args.model, subfolder="safety_checker", use_safetensors=True).to(device)
+            args.model, subfolder="safety_checker", use_safetensors=True,
+            variant="fp16" if half else None).to(device)
         preprocess = CLIPImageProcessor.from_pretrained(args.model, subfolder="feature_extractor")
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         checker = None  # most fine-tuned models ship none
+        if own.exists():
+            print(f"{own} judges nothing, as it cannot be loaded: {' '.join(str(error).split())[:200]}")
     cascade = Cascade(skimage.data.lbp_frontal_face_cascade_filename()) if rival == "face_cascade" else None
     nsfw = NSFWClassifier(intra_op_num_threads=torch.get_num_threads())
     return Judges(detector, detector.onnx_session, nsfw, cascade, checker, preprocess, clip, processor)

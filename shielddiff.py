@@ -10,9 +10,9 @@ picture is a black box with two terms, each standardised among the K pictures of
 
     A    = clip_weight * z(CLIP(picture, safe caption)) - nudity_weight * z(NudeNet(picture))
     r_t  = exp(mean log p_theta(x_{t-1} | x_t, c) - mean log p_old(x_{t-1} | x_t, c))
-    loss = mean over all pictures and their trained steps t, of the T' steps that are rewarded, of
-           max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))           where the prompt elicits the content,
-           kl_weight / T' * mean((mu_theta - mu_frozen)^2) / gain where it is benign
+    loss = mean over all pictures and their trained steps t of
+           max(-A r_t, -A clamp(r_t, 1 - eps, 1 + eps))      where the prompt elicits the content,
+           kl_weight * mean((mu_theta - mu_frozen)^2) / gain where it is benign
 
 The updates give a direction; how far a step goes is set by how far it moves the policy (sized_update). A
 prompt that elicits is weakened by a random share, up to half, so that forgetting does not hang on its words.
@@ -95,7 +95,7 @@ class Args:
     step_nats: float = 2.0  # how far a step moves the policy, where every group has signal: see sized_update
     learning_rate: float = 1e-3  # a first guess: each step's follows from how far the one before it moved
     clip_range: float = 1.5  # PPO clip on the true log-ratio of a denoising step, in nats
-    kl_weight: float = 10.0  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
+    kl_weight: float = 2.5  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
     clip_weight: float = 1.0  # of the standardised CLIP score in the advantage; what counts is its ratio to
     nudity_weight: float = 1.0  # that of the standardised nudity score
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
@@ -366,8 +366,7 @@ def update(run: "Run", roll: Rollout) -> dict:
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, params = run.args, run.optimizer, run.optimizer.param_groups[0]["params"]
     seen, norms, grads, first = [], [], [], {}
-    clip_range = args.clip_range / roll.latents[0, 0].numel()  # of means over D, not sums
-    kl_weight = args.kl_weight / trainable(args)  # as each of these steps has a mere share in the reward
+    kl_weight, clip_range = args.kl_weight, args.clip_range / roll.latents[0, 0].numel()  # a mean's, over D
     finite(roll.advantage, "a reward")
     batches = torch.arange(len(roll.held)).split(args.micro_batch)
     judged, pulled = ([b for b in batches if roll.held[b].all() == held] for held in (False, True))
@@ -419,14 +418,14 @@ def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
 def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     """The updates give a direction. How far the weights go along it is set by how far that moves the policy:
     --step-nats, the KL over the rewarded part of a trajectory, times the signal in the rewards, 0 to 1."""
-    group, wanted, moved = run.optimizer.param_groups[0], run.args.step_nats * signal, []
+    group, wanted, moved = run.optimizer.param_groups[0], max(run.args.step_nats * signal, 1e-12), []
     group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
     start = exact_means(run, roll)
     try:
         learned = update(run, roll)
     except FloatingPointError:  # of a later update: what the first ones moved goes back
         torch._foreach_copy_([p.data for p in group["params"]], before)
-        group["rate"] *= 0.4  # or the next one would end alike
+        group["rate"] *= 0.1  # or the next one would end alike
         raise
     for sizing in range(8):
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
@@ -436,7 +435,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
         share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
         for p, old in zip(group["params"], before, strict=True):
             p.data.copy_(old.to(p.device).lerp(p.data, share))
-    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.4), 2.5)
+    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # of too low a rate sizing makes more
     return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_sizing=moved[0], signal=signal)
 
 

@@ -19,6 +19,7 @@ import shielddiff as sd  # noqa: E402 (before torch, which reads once how thread
 # isort: split
 import torch  # noqa: E402
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput  # noqa: E402
 
 
 def cli(*arguments, script="shielddiff.py", timeout=900):
@@ -60,6 +61,27 @@ def stock_pipeline(lora=None, name=None):
     if lora:
         pipe.load_lora_weights(lora, adapter_name=name)
     return pipe
+
+
+@contextlib.contextmanager
+def predicting_v(pipe):
+    """Within it the same model, but that its U-Net gives v for the noise that it predicts."""
+    scheduler, own = pipe.scheduler, pipe.unet.forward
+
+    def forward(sample, timestep, *args, return_dict=True, **keywords):
+        noise = own(sample, timestep, *args, return_dict=False, **keywords)[0]
+        alpha = scheduler.alphas_cumprod[torch.as_tensor(timestep).reshape(-1)].view(-1, 1, 1, 1)
+        clean = (sample - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        v = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        return UNet2DConditionOutput(v) if return_dict else (v,)
+
+    try:
+        pipe.unet.forward = forward
+        pipe.scheduler = DDIMScheduler.from_config(scheduler.config, prediction_type="v_prediction")
+        yield
+    finally:
+        del pipe.unet.forward
+        pipe.scheduler = scheduler
 
 
 def draw(pipe, prompts, first_seed):

@@ -54,6 +54,10 @@ def prepare(args, methods: tuple[str, ...]):
              "prompts have no columns (--where)")
     methods = [method for method in methods if method not in LEFT_OUT]
     embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
+    default = sd.Args(**sd.TINY) if embedded else sd.Args()
+    if tuple(args.labels) != tuple(default.labels):
+        fail(f"--benchmark trains against {', '.join(default.labels)}, and takes no other --labels")
+    clip = ["--clip-model", args.clip_model] * (args.clip_model != default.clip_model)
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
     if is_trained(ours):
         then = json.loads((ours / "args.json").read_text())
@@ -61,7 +65,7 @@ def prepare(args, methods: tuple[str, ...]):
         print(f"{ours} is there{', by an older version' if older else ''}: delete it to train it anew")
     else:
         resumed = ["--resume"] * any(ours.glob("checkpoint*.pt"))
-        run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *resumed])
+        run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed])
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
         if (folder / WEIGHTS[kind]).exists():
@@ -70,8 +74,7 @@ def prepare(args, methods: tuple[str, ...]):
             run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags,
                  *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
-    trained_on = sd.TINY["prompts"] if embedded else sd.Args.prompts
     return dataclasses.replace(
         args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet), attack=ATTACKS,
         method=(*methods, *(m for m in args.method if m not in methods)),
-        prompts=tuple(dict.fromkeys((*args.prompts, trained_on))))
+        prompts=tuple(dict.fromkeys((*args.prompts, default.prompts))))

@@ -170,4 +170,8 @@ def scheduler_of(name: str, own):
     """The sampler of --scheduler, on the noise schedule of the model's own scheduler."""
     if name == "model":
         return own
-    return sd.ddim_scheduler(own.config) if name == "ddim" else SCHEDULERS[name].from_config(own.config)
+    ddim = sd.ddim_scheduler(own.config)
+    found = ddim if name == "ddim" else SCHEDULERS[name].from_config(own.config)
+    if ddim.alphas_cumprod[-1] < 1e-4 < found.alphas_cumprod[-1]:
+        sd.fail(f"--scheduler {name} has no zero terminal SNR, with which the model was trained")
+    return found

@@ -125,6 +125,21 @@ def test_a_new_token_with_a_word_s_embedding_is_that_word(model):
     assert torch.equal(words, new) and same(before, state(model))
 
 
+def test_a_prompt_with_a_new_token_is_pooled_at_its_end_also_where_the_config_names_another(model):
+    text = getattr(model.text_encoder, "text_model", model.text_encoder)
+    own, tokens = text.eos_token_id, model.tokenizer("a cat", return_tensors="pt")
+    pooled = model.text_encoder(tokens.input_ids).pooler_output
+    try:
+        text.eos_token_id = 2  # as in the configs of SD 1.5 and 2.1: the largest id is pooled
+        with defended.new_tokens(model, embedding(model, "cat")) as (cat,):
+            ids = model.tokenizer(f"a {cat}", return_tensors="pt").input_ids
+            assert ids.max() > model.tokenizer.eos_token_id
+            torch.testing.assert_close(model.text_encoder(ids).pooler_output, pooled)
+        assert text.eos_token_id == 2
+    finally:
+        text.eos_token_id = own
+
+
 def test_new_tokens_are_gone_after_an_error(model):
     before = state(model)
     with pytest.raises(ArithmeticError), defended.new_tokens(model, embedding(model, "cat")):
@@ -152,6 +167,10 @@ def test_the_estimate_is_that_which_would_guide_the_undefended_model_to_the_defe
     torch.testing.assert_close(estimate(model, base, path), prompt)
     plain = empty + 3 * (estimate(model, negative_prompt, path) - empty)
     torch.testing.assert_close(plain, concept + 3 * (prompt - concept), atol=1e-5, rtol=1e-4)
+    with torch.no_grad(), negative_prompt(model, SPEC, stock_of(model)) as draw_:  # unguided: without effect
+        unguided = draw_(dict(prompt=["an astronaut"] * 2, guidance_scale=0.0, path=path,
+                              num_inference_steps=5))[0]
+    torch.testing.assert_close(unguided, prompt, atol=1e-5, rtol=1e-4)
     avoid = (concept - empty) * ((prompt - concept).abs() * 200).clamp(max=1) * (prompt - concept < 0)
     torch.testing.assert_close(estimate(model, sld.weak, path), prompt - avoid, atol=1e-4, rtol=1e-3)
 

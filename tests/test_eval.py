@@ -341,13 +341,14 @@ def test_the_held_out_face_detector_sees_a_real_face_and_not_a_mosaic():
     assert [ev.sees_face(cascade, p) for p in small] == [True, False, False]
 
 
-def test_the_model_s_own_safety_checker_judges_but_never_blackens(tmp_path):
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_the_model_s_own_safety_checker_judges_but_never_blackens(variant, tmp_path, capsys):
     config = CLIPConfig(projection_dim=8, vision_config=dict(
         image_size=32, patch_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=2))
     checker = StableDiffusionSafetyChecker(config)
     checker.concept_embeds_weights.data.fill_(-2)  # a cosine is always above: everything is flagged
-    checker.save_pretrained(tmp_path / "safety_checker", safe_serialization=True)
+    checker.save_pretrained(tmp_path / "safety_checker", safe_serialization=True, variant=variant)
     CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)).save_pretrained(
         tmp_path / "feature_extractor")
     args = ev.Args(model=str(tmp_path), clip_model=str(ROOT / "tests/tiny/clip"), labels=sd.TINY["labels"])
@@ -356,6 +357,9 @@ def test_the_model_s_own_safety_checker_judges_but_never_blackens(tmp_path):
     records = ev.score(judges, images, [ev.Row("a", "a", True, 0, 3.0, 64, 64)] * 2, args)
     assert [r["safety_checker"] for r in records] == [True, True] and (images == 200).all()
     assert all(0 <= r["open_nsfw"] <= 1 and r["face_cascade"] is None for r in records)
+    (tmp_path / "safety_checker/config.json").write_text("{")
+    assert ev.load_judges(args, "open_nsfw", "cpu").safety_checker is None
+    assert "safety_checker judges nothing, as it cannot be loaded" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------ the command line

@@ -102,10 +102,15 @@ def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, com
 
 
 def test_what_some_of_it_could_not_do_is_refused_before_training(commands, capsys):
-    for flags in (["--init-images", "x"], ["--where", "a=b"]):
+    for flags in (["--init-images", "x"], ["--where", "a=b"], ["--labels", "FACE_FEMALE"]):
         with pytest.raises(SystemExit) as stop:
             prepared(*flags)
         assert stop.value.code == 2 and "--benchmark" in capsys.readouterr().err and not commands
+
+
+def test_another_clip_is_training_s_too(commands):
+    prepared("--clip-model", "my/clip")
+    assert commands[0][-2:] == ["--clip-model", "my/clip"] and "--clip-model" not in sum(commands[1:], [])
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):

@@ -113,6 +113,16 @@ def test_on_sd_1_4_the_lms_sampler_is_the_one_that_rece_and_unlearndiffatk_write
     assert torch.equal(found.sigmas, theirs.sigmas) and torch.equal(found.timesteps, theirs.timesteps)
 
 
+def test_a_sampler_that_has_no_zero_terminal_snr_is_refused_where_the_model_has_it(capsys):
+    own = sd.ddim_scheduler({**SD14, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+    for name in ("ddim", "dpm++", "euler"):
+        assert eval_protocols.scheduler_of(name, own).alphas_cumprod[-1] < 1e-6
+    for name in ("lms", "pndm"):
+        with pytest.raises(SystemExit) as stop:
+            eval_protocols.scheduler_of(name, own)
+        assert stop.value.code == 2 and f"--scheduler {name}" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------ how papers draw
 I2P = ("prompt,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height\n"
        "a woman astronaut,5,4,64,96\n")

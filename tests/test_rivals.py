@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import ROOT
+from conftest import ROOT, predicting_v
 from PIL import Image
 from rivals import crops, latent_guard, latent_mixing, negative_prompt, pno, safree
 
@@ -52,6 +52,19 @@ def stock(pipe, prompts, steps=2, **changes):
 
 
 # ------------------------------------------------------------------------------------ all of them
+@pytest.mark.parametrize("name", ["safree-negative", "sld-medium", "sld-strong", "latent-mixing",
+                                  "negative-prompt", "best-of-5", "crops"])
+def test_a_method_draws_the_same_of_the_same_model_that_predicts_v(name, pipe):
+    method = ev.load_function(f"{ev.RIVALS}/{ev.METHODS[name]}", name)[0]
+    calls = [call_of(pipe, ASTRONAUTS, 5) for _ in range(2)]
+    images = draw(pipe, method, ASTRONAUTS, sampling=5, call=calls[0])[0]
+    with predicting_v(pipe):
+        again = draw(pipe, method, ASTRONAUTS, sampling=5, call=calls[1])[0]
+    assert abs(images - again).mean() < 1e-3
+    judges = ("best-of-5", "crops")  # which leave alone what they pass
+    assert name in judges or abs(images - stock(pipe, ASTRONAUTS, 5)).mean() > 2e-3
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Every method by the name eval.py has for it; Latent Guard's layer trains for two steps."""

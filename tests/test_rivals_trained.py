@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cli, stock_pipeline
+from conftest import ROOT, cli, predicting_v, stock_pipeline
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -255,6 +255,27 @@ def test_a_pair_of_duo_has_one_noise_and_two_timesteps_and_the_prior_is_noise_al
     assert prior.item() == pytest.approx((0.5 * noise).square().mean().item())
 
 
+def test_duo_and_safegen_ask_the_same_of_the_same_model_that_predicts_v(states):
+    pipe, (x, _, empty, *_) = sd.load_pipeline(str(ROOT / "tests/tiny")), states
+    pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(duo.LoraConfig(r=2, init_lora_weights=False, target_modules=["attn1.to_q"]))
+    pairs = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def asked():
+        model = pipe.unet, pipe.scheduler
+        return torch.stack([
+            *duo.duo_losses(*model, pairs, empty[:1], duo.Args(**duo.TINY), sd.generator(0)),
+            safegen.safegen_loss(*model, x[:1], x[:1] - 1, x[1:], empty[:1], safegen.Args(), sd.generator(3))
+        ])
+
+    of_noise = asked()
+    with predicting_v(pipe):
+        torch.testing.assert_close(asked(), of_noise, rtol=1e-3, atol=1e-6)
+    assert (of_noise > 1e-5).all()
+
+
 # ------------------------------------------------------------------------------------ SafeGen
 def test_a_perfect_predictor_of_the_exact_target_of_safegen_draws_the_covered_picture():
     shown, covered, noise = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -292,6 +313,8 @@ def test_a_cover_hides_the_box_and_nothing_else():
         assert (hidden == image)[~inside].all()
         assert len(np.unique(hidden[16:28, 24:32].reshape(-1, 3), axis=0)) <= distinct
     assert (hidden[22, 28] == hidden[23, 29]).all() and (image != hidden).any()
+    at_the_edge = [(63, 10, 0, 30), (10, 64, 9, 0)]  # as NudeNet cuts them
+    assert (safegen.cover(image, at_the_edge, "mosaic", 1.2) == image).all()
 
 
 # ------------------------------------------------------------------------------------ pictures, bad input

@@ -34,15 +34,17 @@ def new_tokens(pipe, rows: torch.Tensor):
     """Within it the words it yields, one a row, are tokens with the embeddings rows [n, d]. Afterwards, also
     after an error, tokenizer and text encoder are as they were."""
     tokenizer, encoder, names = pipe.tokenizer, pipe.text_encoder, [f"<new-{i}>" for i in range(len(rows))]
-    own = encoder.get_input_embeddings()
+    own, text = encoder.get_input_embeddings(), getattr(encoder, "text_model", encoder)
+    end = text.eos_token_id
     try:
+        text.eos_token_id = tokenizer.eos_token_id  # SD's configs say 2: then the largest id would be pooled
         pipe.tokenizer = copy.deepcopy(tokenizer)  # tokens cannot be taken out again
         pipe.tokenizer.add_tokens(names)
         encoder.set_input_embeddings(Extended(own, rows, len(tokenizer)))
         yield names
     finally:
         encoder.set_input_embeddings(own)
-        pipe.tokenizer = tokenizer
+        pipe.tokenizer, text.eos_token_id = tokenizer, end
 
 
 def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
@@ -68,11 +70,12 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
     unconditional, text = output.float().chunk(2)  # [B, 4, h, w] each
     if not negative:
         return text, nothing_refused
-    guided = unconditional + call["guidance_scale"] * (text - unconditional)
+    scale = max(call["guidance_scale"], 1.0)  # below it the pipeline does not guide
+    guided = unconditional + scale * (text - unconditional)
     with torch.no_grad():  # `forward`: without the hooks
         empty = pipe.encode_prompt([""] * len(x), pipe.device, 1, False)[0]
         e = pipe.unet.forward(x, t, encoder_hidden_states=empty).sample.float()
-    return e + (guided - e) / call["guidance_scale"], nothing_refused
+    return e + (guided - e) / scale, nothing_refused
 
 
 @torch.no_grad()

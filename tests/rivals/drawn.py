@@ -24,6 +24,14 @@ class Args(training.TrainingArgs):
 TINY = training.TINY_TRAINING | {k: sd.TINY[k] for k in ("labels", "guidance_scale", "prompts")}
 
 
+def noise_of(scheduler, output, x, t) -> torch.Tensor:
+    """The noise [B, 4, h, w] that the U-Net's output for x at t [B] predicts, also where that is v."""
+    if scheduler.config.prediction_type == "epsilon":
+        return output
+    alpha = scheduler.alphas_cumprod.to(t.device)[t].view(-1, 1, 1, 1)
+    return alpha.sqrt() * output + (1 - alpha).sqrt() * x
+
+
 @torch.no_grad()
 def partly_drawn(unet, scheduler, context, args: training.TrainingArgs, guidance: float, rng):
     """x [B, 4, h, w] after k of the DDIM steps, k random, and timesteps t [B], random in the k-th of as many

@@ -60,6 +60,7 @@ def duo_losses(unet, scheduler, pairs, empty, args: Args, rng) -> tuple[torch.Te
         frozen = unet(x, t, empty.expand(len(x), -1, -1)).sample
     unet.enable_adapters()
     output = unet(x, t, empty.expand(len(x), -1, -1)).sample
+    output, frozen = (drawn.noise_of(scheduler, out, x, t) for out in (output, frozen))
     errors, frozen_errors = ((out[:2 * batch].unflatten(0, (2, batch)) - noise).square().mean(dim=(2, 3, 4))
                              for out in (output, frozen))  # [2, B] each
     prior = torch.nn.functional.mse_loss(output[2 * batch:], frozen[2 * batch:])
@@ -79,7 +80,7 @@ def make_pairs(pipe, args: Args) -> torch.Tensor:
 
 def train(args: Args):
     """OUT/pytorch_lora_weights.safetensors."""
-    pipe, started = training.start(args, noise_only=True)
+    pipe, started = training.start(args)
     pairs, empty = make_pairs(pipe, args), sd.encode_prompts(pipe, [""])[0].to(pipe.device)
     torch.manual_seed(args.seed)  # for the LoRA's initial weights
     targets = [f"attn1.to_{part}" for part in ("q", "k", "v", "out.0")]

@@ -6,6 +6,8 @@ concept c, what guidance away from c would predict.
 
     loss = |e(x_t, c) - (e0(x_t, "") - eta (e0(x_t, c) - e0(x_t, "")))|^2        e0: the frozen U-Net
 
+(of v, where v is predicted, which weighs early steps more).
+
 Exact, as the first official code: eta 1, Adam 1e-5 for 1000 steps, x_t drawn by the U-Net in training with
 guidance 3, t random in its bin; --weights u trains all but cross-attention, time embedding and output
 (`noxattn`), x cross-attention alone. --erase-from as in the later code: e0(x_t, from) - eta (...), learned

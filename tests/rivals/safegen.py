@@ -50,8 +50,9 @@ def cover(image: np.ndarray, boxes, how: str, reach: float) -> np.ndarray:
             continue
         (x0, y0), (x1, y1) = (np.clip(c.round().astype(int), 0, image.shape[1::-1])
                               for c in (centre - half, centre + half))
-        tiles = cv2.resize(image[y0:y1, x0:x1], (4, 4), interpolation=cv2.INTER_AREA)
-        image[y0:y1, x0:x1] = cv2.resize(tiles, (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST)
+        if x0 < x1 and y0 < y1:  # NudeNet cuts boxes at the edge, to nothing at times
+            tiles = cv2.resize(image[y0:y1, x0:x1], (4, 4), interpolation=cv2.INTER_AREA)
+            image[y0:y1, x0:x1] = cv2.resize(tiles, (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST)
     return image
 
 
@@ -66,7 +67,8 @@ def safegen_loss(unet, scheduler, shown, covered, benign, empty, args: Args, rng
     clean = torch.cat([shown, benign])  # [2B, 4, h, w]
     noise = randn_tensor(clean.shape, rng, clean.device)
     t = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=rng).to(clean.device)
-    output = unet(scheduler.add_noise(clean, noise, t), t, empty.expand(len(clean), -1, -1)).sample
+    noisy = scheduler.add_noise(clean, noise, t)
+    output = drawn.noise_of(scheduler, unet(noisy, t, empty.expand(len(clean), -1, -1)).sample, noisy, t)
     target = safegen_target(scheduler, noise, clean, torch.cat([covered, benign]), t, args.exact_target)
     removed, kept = (output - target).square().unflatten(0, (2, -1)).mean(dim=(1, 2, 3, 4))
     return args.weight * removed + (1 - args.weight) * kept
@@ -95,7 +97,7 @@ def make_triplets(pipe, args: Args) -> torch.Tensor:
 
 def train(args: Args):
     """OUT/unet."""
-    pipe, started = training.start(args, noise_only=True)
+    pipe, started = training.start(args)
     triplets, empty = make_triplets(pipe, args), sd.encode_prompts(pipe, [""])[0].to(pipe.device)
     trained = training.train_only(pipe.unet, lambda name: "attn1" in name)
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=1e-2)

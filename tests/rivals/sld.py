@@ -6,7 +6,7 @@ the concept to avoid, is subtracted from the prompt's, where and as much as the 
 Exact: the guidance (eq. 3 to 8) equals, step by step, that of diffusers' StableDiffusionPipelineSafe, by the
 authors; the four presets are theirs. Ours: the concept is --concept and not the authors' longer list; their
 warm-up of 15, 10, 7 or 0 steps is one of 50, so it is scaled to the steps taken; image-to-image, which is not
-in the paper, counts the steps it takes.
+in the paper, counts the steps it takes; of a model that predicts v the differences are made those of noise.
 """
 import functools
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 DIFFERS = ("--concept instead of the authors' list of concepts; the warm-up, a number of 50 steps, scaled to "
-           "the steps taken; also image-to-image")
+           "the steps taken; also image-to-image; where v is predicted, its differences are made noise's")
 
 
 class Preset(NamedTuple):
@@ -37,8 +37,9 @@ class Guidance:
     multiplied by the guidance scale with the rest.
     """
 
-    def __init__(self, context: torch.Tensor, preset: Preset, steps: int):
+    def __init__(self, context: torch.Tensor, preset: Preset, steps: int, scheduler):
         self.context, self.preset, self.steps = context, preset, steps
+        self.alpha = scheduler.alphas_cumprod if scheduler.config.prediction_type == "v_prediction" else None
         self.taken, self.momentum = 0, 0.0
 
     def __call__(self, unet, arguments, keywords, output):
@@ -47,6 +48,9 @@ class Guidance:
         # `forward`, not the call: the call would run this hook again
         concept = unet.forward(arguments[0].chunk(2)[0], arguments[1], return_dict=False,
                                encoder_hidden_states=self.context.expand(len(text), -1, -1))[0]
+        # two v differ by what two noises do over sqrt(alpha), and the presets are for noise
+        unit = 1.0 if self.alpha is None else self.alpha[int(arguments[1])].sqrt().clamp(min=1e-3).item()
+        unconditional, text, concept = (x * unit for x in (unconditional, text, concept))
         strength = ((text - concept).abs() * p.scale).clamp(max=1).masked_fill(
             text - concept >= p.threshold, 0)
         avoid = (concept - unconditional) * strength + p.momentum_scale * self.momentum
@@ -54,7 +58,7 @@ class Guidance:
         self.taken += 1
         if self.taken > p.warmup * self.steps / 50:
             text = text - avoid
-        return torch.cat([unconditional, text]), *output[1:]
+        return torch.cat([unconditional, text]) / unit, *output[1:]
 
 
 @contextmanager
@@ -66,7 +70,8 @@ def sld(pipe, spec, stock, preset: Preset):
         if call["guidance_scale"] <= 1:  # without guidance there is nothing to steer
             return stock(call)
         steps = call.get("num_inference_steps", spec.steps)
-        hook = pipe.unet.register_forward_hook(Guidance(context, preset, steps), with_kwargs=True)
+        guidance = Guidance(context, preset, steps, pipe.scheduler)
+        hook = pipe.unet.register_forward_hook(guidance, with_kwargs=True)
         try:
             return stock(call)
         finally:

@@ -61,9 +61,9 @@ def run(train, kind: type, tiny: dict, argv=None):
         sd.fail("stopped: nothing is saved before the end", code=130)
 
 
-def start(args: Args, noise_only=False):
+def start(args: Args):
     """The pipeline, frozen, in fp32, with shielddiff's sampler, and the time. Refuses, before it loads, bad
-    numbers and a folder that holds weights; with noise_only, also a model that predicts v."""
+    numbers and a folder that holds weights."""
     for name, value in vars(args).items():
         lowest = 1 if name in ("batch_size", "denoise_steps", "pictures", "rank") else 0
         if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
@@ -72,8 +72,6 @@ def start(args: Args, noise_only=False):
         sd.fail(f"output folder {args.out} holds {there[0]}: name another with --out")
     pipe = sd.load_pipeline(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
-    if noise_only and (kind := pipe.scheduler.config.prediction_type) != "epsilon":
-        sd.fail(f"--model {args.model} has prediction_type {kind!r}: this method is defined for 'epsilon'")
     return pipe, time.perf_counter()
 
 
