@@ -124,6 +124,12 @@ def face_rate(images):
     return (sd.nudity_scores(sd.load_nudenet(), images, sd.TINY["labels"]) > sd.FIRES).float().mean().item()
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers of a test do not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def pipe():
     return sd.load_pipeline(str(ROOT / "tests/tiny"))

@@ -160,7 +160,7 @@ def test_safe_latent_diffusion_equals_diffusers_own(preset):
             assert len(sample) == len(encoder_hidden_states) == 2
             return (outputs[t][2],)
 
-    hook, momentum = sld.Guidance(torch.zeros(1, 77, 8), sld.PRESETS[preset], 50), None
+    hook, momentum = sld.Guidance(torch.zeros(1, 77, 8), sld.PRESETS[preset], 50, sd.ddim_scheduler({})), None
     for i, (unconditional, text, concept) in enumerate(outputs):
         ours = hook(Net(), (torch.zeros(4, 4, 4, 4), i), {}, (torch.cat([unconditional, text]),))[0].chunk(2)
         theirs, momentum = StableDiffusionPipelineSafe.perform_safety_guidance(

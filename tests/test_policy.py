@@ -559,8 +559,7 @@ def test_a_step_is_as_long_as_wanted_whatever_the_updates_did_and_the_rate_follo
     else:  # three times eightfold is as far as it goes at once
         assert share[0] == pytest.approx(512, rel=1e-2) and line["nats"] < wanted / 1.5
     factor = math.sqrt(wanted / line["nats_before_sizing"])
-    assert group["rate"] == pytest.approx({0.3: 0.05, 0.03: factor}.get(push, 2.5))
-    assert (0.06 < factor < 2.4) == (push == 0.03)
+    assert group["rate"] == pytest.approx({0.3: 0.05, 0.03: min(max(factor, 0.05), 2.5)}.get(push, 2.5))
     for p, b in zip(group["params"], before, strict=True):
         p.data.copy_(b)
 
