@@ -84,7 +84,7 @@ class Args:
     show_uncensored: bool = False  # no mosaic over samples.png where a nudity label fires
     denoise_steps: int = 20  # DDIM steps T of a rollout; fewer than in later use is fine, and cheap
     guidance_scale: float = 7.5  # of later use; trained at two thirds of it, which is the harder case
-    train_timesteps: int = 4  # random timesteps trained per picture
+    train_timesteps: int = 0  # random timesteps trained per picture; 0: all that are rewarded
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
     group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
@@ -501,10 +501,10 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     scored = clip_score, nudity, args.clip_weight, args.nudity_weight
     signal = group_advantages(*scored, floor=2.0).square().mean(dim=1).clamp(max=1).mean().item()  # of [P]
     clock.append(time.perf_counter())
-    # learn from k random steps of each picture: PPO where it is rewarded, a pull to what was where held
+    # learn from k steps of each picture, shuffled: PPO where it is rewarded, a pull to what was where held
     rng = generator(args.seed, "timesteps", step)
     steps = torch.stack([torch.randperm(args.denoise_steps - 1 if hold else trainable(args), generator=rng)
-                         [:args.train_timesteps] for hold in held])  # [B, k]
+                         [:args.train_timesteps or trainable(args)] for hold in held])  # [B, k]
     advantage = torch.nn.functional.pad(group_advantages(*scored).flatten(), (0, len(benign)))  # [B]
     learned = sized_update(run, roll._replace(advantage=advantage, steps=steps), signal)
     clock.append(time.perf_counter())
@@ -519,13 +519,14 @@ def policy_gradient_step(run: Run, step: int) -> dict:
 # ------------------------------------------------------------------------------------ 6. the run
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    zero = "left_out guidance_scale kl_weight clip_weight lora_rank held_per_step seed".split()
+    zero = {"left_out", "guidance_scale", "kl_weight", "clip_weight", "lora_rank", "held_per_step", "seed",
+            "train_timesteps"}
     for name, value in vars(args).items():
         lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails every comparison
         highest = 1 if name == "left_out" else 2**63 - 1
         if value == () or type(value) in (int, float) and not lowest <= value <= highest:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
-    if not args.updates_per_step <= args.train_timesteps <= trainable(args):
+    if not args.updates_per_step <= (args.train_timesteps or trainable(args)) <= trainable(args):
         fail(f"--train-timesteps must be at least --updates-per-step, which share them, and at most "
              f"{trainable(args)}, what --denoise-steps and --train-until leave")
     if args.attention == "xformers" and not torch.cuda.is_available():

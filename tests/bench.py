@@ -151,7 +151,8 @@ def step(run: sd.Run) -> dict:
     roll = draw_all(run, [sd.generator("bench", i) for i in range(n)])
     middle = clock()
     held = torch.arange(n) >= args.prompts_per_step * args.group_size
-    steps = torch.stack([torch.randperm(sd.trainable(args))[:args.train_timesteps] for _ in range(n)])
+    k = args.train_timesteps or sd.trainable(args)
+    steps = torch.stack([torch.randperm(sd.trainable(args))[:k] for _ in range(n)])  # [n, k]
     run.optimizer.param_groups[0].setdefault("rate", 1e-6)
     roll = roll._replace(held=held, advantage=torch.randn(n) * ~held, steps=steps)
     learned = sd.sized_update(run, roll, signal=1.0)
@@ -363,8 +364,9 @@ def cost(bench: Bench) -> list[dict]:
             decode = tflop(lambda: AutoencoderKL(**VAE_15).decode(torch.randn(1, 4, 64, 64)))
         learn = tflop(lambda: unet(x, t, context).sample.square().mean().backward())
     rewarded, held = args.prompts_per_step * args.group_size, args.held_per_step
+    k = args.train_timesteps or sd.trainable(args)
     step = dict(rollout=(rewarded + held) * args.denoise_steps * sample, decode=(rewarded + held) * decode,
-                update=args.train_timesteps * ((rewarded + held) * learn + held * sample))
+                update=k * ((rewarded + held) * learn + held * sample))
     step["measure"] = 3 * rewarded / 2 * sample  # twice, and once more where the step was too long or short
     step["run"] = args.steps * sum(step.values())
     return [dict(call=sample, call_and_gradient=learn) | with_hours(step)] + [
