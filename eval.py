@@ -155,7 +155,7 @@ class Args:
     attack_tokens: int = 16  # words of an adversarial prompt (Ring-A-Bell's K)
     attack_strength: float = 3.0  # how much of the concept is added (Ring-A-Bell's eta)
     attack_population: int = 200  # candidates of the genetic search
-    attack_generations: int = 1000  # about 3 minutes on a GPU; the paper's code runs 3000
+    attack_generations: int = 1000  # 1000 take about 3 minutes on a GPU; the paper's code runs 3000
 
     # no mosaic in report.html and pairs.png over nudity, or over all of a picture where a detector sees some
     # that NudeNet cannot place
@@ -406,7 +406,7 @@ def load_judges(args: Args, rival: str, device) -> Judges:
             args.model, subfolder="safety_checker", use_safetensors=True,
             variant="fp16" if half else None).to(device)
         preprocess = CLIPImageProcessor.from_pretrained(args.model, subfolder="feature_extractor")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of damaged bytes every library makes its own
         checker = None  # most fine-tuned models ship none
         if own.exists():
             print(f"{own} judges nothing, as it cannot be loaded: {' '.join(str(error).split())[:200]}")

@@ -96,8 +96,8 @@ class Args:
     learning_rate: float = 1e-3  # a first guess: each step's follows from how far the one before it moved
     clip_range: float = 1.5  # PPO clip on the true log-ratio of a denoising step, in nats
     kl_weight: float = 2.5  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
-    clip_weight: float = 1.0  # of the standardised CLIP score in the advantage; what counts is its ratio to
-    nudity_weight: float = 1.0  # that of the standardised nudity score
+    clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
+    nudity_weight: float = 1.0  # of the standardised nudity score; of these two, only the ratio counts
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
     lora_rank: int = 16  # of the LoRA on the attention projections; 0 trains the whole U-Net
     attention: Literal["sdpa", "xformers"] = "sdpa"  # PyTorch's; xformers is as lean and, on an H100, slower
@@ -137,7 +137,7 @@ class Schedule(NamedTuple):
     alpha: torch.Tensor  # [T] fp32, alphas_cumprod at each timestep
     alpha_prev: torch.Tensor  # [T] fp32, alphas_cumprod at t - n // T, as DDIMScheduler has it
     prediction_type: str  # "epsilon" or "v_prediction"
-    gain: float  # mean of (d mean / d predicted noise)^2 over the steps, but those with less signal than SD's
+    gain: float  # mean square of d mean / d noise, of all steps but the last and those of alpha <= 4e-3
 
 
 @dataclasses.dataclass
@@ -182,8 +182,8 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
         fail("the model's scheduler has a step without noise among those to train: no log-prob exists there")
     if kind == "epsilon" and alpha[0] < 1e-6:  # the picture is divided by its square root
         fail("the model's scheduler begins at zero signal (zero terminal SNR) and yet predicts noise, not v")
-    mean = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, noise=0)[2][:-1]
-    return Schedule(t, alpha, alpha_prev, kind, mean[alpha[:-1] > 4e-3].square().mean().item())
+    slope = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, noise=0)[2][:-1]
+    return Schedule(t, alpha, alpha_prev, kind, slope[alpha[:-1] > 4e-3].square().mean().item())
 
 
 def ddim_sigma(alpha, alpha_prev, eta=1.0):
@@ -293,7 +293,7 @@ def group_advantages(clip_scores, nudity, clip_weight, nudity_weight, clamp=5.0,
     importance is all they mean. Cosines of different CLIPs differ in size: their floor is 6 % of the mean."""
     clip = group_standardise(clip_scores, floor * 0.06 * clip_scores.mean().abs().item())
     advantages = clip_weight * clip - nudity_weight * group_standardise(nudity, floor * 0.08)
-    return (advantages / (math.hypot(clip_weight, nudity_weight) / math.sqrt(2))).clamp(-clamp, clamp)
+    return (advantages / (math.hypot(clip_weight, nudity_weight) / math.sqrt(2) or 1)).clamp(-clamp, clamp)
 
 
 # ------------------------------------------------------------------------------------ 3. the rollout
@@ -378,15 +378,16 @@ def update(run: "Run", roll: Rollout) -> dict:
                     loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), kl_weight)
                     (loss.sum() * LOSS_SCALE / steps.numel()).backward()
                     seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
-            if i == 0 and judged:  # a sample of the gradient so far: all of a whole U-Net's were 3 GB
+            if i == 0 and judged:  # the sum so far, every 16th number (all: 3 GB); a part is a difference
                 grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
         loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
         finite(loss, "the loss")
         if i == 0 and judged:  # nothing is updated yet: the policy that scores has sampled, too
-            a, pull, b = grads[0], grads[1] - grads[0], grads[2] - grads[1]
-            off = (ratio[held == 0] - 1).abs().max().item()
-            first = dict(ratio_max_dev=off, kl_share=(pull.norm() / (pull.norm() + (a + b).norm())).item(),
-                         gradient_agreement=(a @ b / (a.norm() * b.norm())).item())  # lower: more noise
+            one, pull, other = grads[0], grads[1] - grads[0], grads[2] - grads[1]
+            off, mixed = (ratio[held == 0] - 1).abs().max().item(), any(roll.held[b].any() for b in judged)
+            share = pull.norm() / (pull.norm() + (one + other).norm())
+            first = dict(ratio_max_dev=off, kl_share=math.nan if mixed else share.item(),
+                         gradient_agreement=(one @ other / (one.norm() * other.norm())).item())  # noise: 0
             if off > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: ratios of the unchanged policy are off by {off:.1e}, over "
                      f"--clip-range; try another --attention or --precision fp32", code=1)
@@ -427,7 +428,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
         torch._foreach_copy_([p.data for p in group["params"]], before)
         group["rate"] *= 0.1  # or the next one would end alike
         raise
-    for sizing in range(8):
+    for sizing in range(8):  # too long a step is mended up to 8 times, too short a one 3
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
         moved.append(max(nats.nan_to_num(1e30, 1e30).item() * trainable(run.args), 1e-12))
         if moved[-1] <= 1.5 * wanted and (sizing > 2 or moved[-1] >= wanted / 1.5):
@@ -435,7 +436,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
         share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
         for p, old in zip(group["params"], before, strict=True):
             p.data.copy_(old.to(p.device).lerp(p.data, share))
-    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # of too low a rate sizing makes more
+    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # down fast: sizing stretches
     return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_sizing=moved[0], signal=signal)
 
 
@@ -519,10 +520,9 @@ def policy_gradient_step(run: Run, step: int) -> dict:
 # ------------------------------------------------------------------------------------ 6. the run
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    zero = {"left_out", "guidance_scale", "kl_weight", "clip_weight", "lora_rank", "held_per_step", "seed",
-            "train_timesteps"}
+    zero = "left_out guidance_scale lora_rank held_per_step train_timesteps seed".split()
     for name, value in vars(args).items():
-        lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails every comparison
+        lowest = 0 if name in zero or "_weight" in name else 2 if name == "group_size" else 1e-12  # NaN fails
         highest = 1 if name == "left_out" else 2**63 - 1
         if value == () or type(value) in (int, float) and not lowest <= value <= highest:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
@@ -678,8 +678,8 @@ def save(run: Run, metrics: list[dict], out: Path):
         (out / "unet").mkdir(exist_ok=True)
         write_atomically(out / "unet/config.json", unet.to_json_file)
     for name, weights in files.items():
-        cpu = {k: v.contiguous().cpu() for k, v in weights.items()}
-        write_atomically(out / f"{name}.safetensors", lambda p, cpu=cpu: safetensors.torch.save_file(cpu, p))
+        data = safetensors.torch.save({k: v.contiguous().cpu() for k, v in weights.items()})
+        write_atomically(out / f"{name}.safetensors", lambda p, data=data: p.write_bytes(data))
 
 
 def draw(run: Run, metrics: list[dict], out: Path):
@@ -764,7 +764,7 @@ def train(args: Args):
     """The whole run, or what is left of it."""
     check(args)
     pairs, out = read_prompts(args.prompts, args.prompt_column, args.caption_column), Path(args.out)
-    settings = dataclasses.asdict(args) | {"prompts": pairs}  # the file may move, or change
+    settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 2}  # 2: nothing goes on in other units
     state, device = open_run(args, settings, out), "cuda" if torch.cuda.is_available() else "cpu"
     why = "given" if "--model" in str(sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")

@@ -21,10 +21,12 @@ def main(old: str, new: str, config: str | None = None):
         unneeded = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         model = diffusers.StableDiffusionPipeline.from_pretrained(old, **unneeded)
     else:
-        model = transformers.CLIPModel.from_pretrained(old, use_safetensors=False)
+        model = transformers.CLIPModel.from_pretrained(old)
         transformers.CLIPProcessor.from_pretrained(old).save_pretrained(new)
     model.save_pretrained(new, safe_serialization=True)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        raise SystemExit(f"usage: convert.py OLD NEW [CONFIG]. {__doc__}")
     main(*sys.argv[1:])

@@ -124,6 +124,7 @@ def test_advantages_combine_the_weights_and_clip():
     torch.testing.assert_close(a, torch.tensor([[-2.5, 2.5]]) / math.sqrt((0.5**2 + 2**2) / 2))
     torch.testing.assert_close(sd.group_advantages(clip, nudity, 0.1, 0.4), a)  # their ratio is what counts
     assert sd.group_advantages(clip, nudity, 0.5, 2.0, clamp=1).abs().max() == 1
+    assert sd.group_advantages(clip, nudity, 0.0, 0.0).abs().max() == 0
 
 
 @pytest.mark.parametrize(("advantage", "ratio", "loss", "slope"), [  # clip 0.1; slope: d loss / d log_prob
@@ -315,7 +316,8 @@ def test_the_shares_of_the_gradient_are_those_of_pulled_and_judged_pictures():
     assert learned["gradient_agreement"] == pytest.approx(agreement, abs=1e-3)
     assert 0.01 < learned["kl_share"] < 0.99 and abs(agreement) < 0.99
     run, roll = four_pictures(micro_batch=4)  # one batch of both kinds cannot tell
-    assert math.isnan(sd.update(run, roll)["gradient_agreement"])
+    learned = sd.update(run, roll)
+    assert math.isnan(learned["gradient_agreement"]) and math.isnan(learned["kl_share"])
 
 
 @pytest.mark.parametrize("off", [0.01, -0.01])

@@ -60,10 +60,12 @@ def duo_losses(unet, scheduler, pairs, empty, args: Args, rng) -> tuple[torch.Te
         frozen = unet(x, t, empty.expand(len(x), -1, -1)).sample
     unet.enable_adapters()
     output = unet(x, t, empty.expand(len(x), -1, -1)).sample
+    prior = torch.nn.functional.mse_loss(output[2 * batch:], frozen[2 * batch:])
+    if scheduler.config.prediction_type == "v_prediction":  # in noise; below SD's signal it were none
+        prior = prior * scheduler.alphas_cumprod[last].clamp(min=4e-3).item()
     output, frozen = (drawn.noise_of(scheduler, out, x, t) for out in (output, frozen))
     errors, frozen_errors = ((out[:2 * batch].unflatten(0, (2, batch)) - noise).square().mean(dim=(2, 3, 4))
                              for out in (output, frozen))  # [2, B] each
-    prior = torch.nn.functional.mse_loss(output[2 * batch:], frozen[2 * batch:])
     return preference_loss(errors, frozen_errors, args.beta), prior
 
 

@@ -5,8 +5,7 @@ concept c, what guidance away from c would predict.
     python eval.py --model tests/tiny --unet esd=runs/esd/unet
 
     loss = |e(x_t, c) - (e0(x_t, "") - eta (e0(x_t, c) - e0(x_t, "")))|^2        e0: the frozen U-Net
-
-(of v, where v is predicted, which weighs early steps more).
+                                                        (of v, where v is predicted: more of early steps)
 
 Exact, as the first official code: eta 1, Adam 1e-5 for 1000 steps, x_t drawn by the U-Net in training with
 guidance 3, t random in its bin; --weights u trains all but cross-attention, time embedding and output

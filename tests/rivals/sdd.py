@@ -4,7 +4,7 @@ the concept what it predicts, itself, for the empty text; saved is the moving av
     python tests/rivals/sdd.py --model tests/tiny --out runs/sdd
     python eval.py --model tests/tiny --unet sdd=runs/sdd/unet
 
-    loss = |e(x_t, c) - stop_gradient(e(x_t, ""))|^2
+    loss = |e(x_t, c) - stop_gradient(e(x_t, ""))|^2        (of v, where v is predicted)
 
 Exact, as the official code: x_t drawn by the average (the teacher) with guidance 3 on all concepts joined, t
 random in its bin, the student on one concept in turn, cross-attention only, AdamW 1e-5, weight decay 1e-4,

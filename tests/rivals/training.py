@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -114,5 +114,5 @@ def save(args: Args, unet, started: float, lora=False):
         weights = unet.state_dict()
         sd.write_atomically(out / "unet/config.json", unet.to_json_file)
     tensors = {k: v.contiguous().cpu() for k, v in weights.items()}
-    sd.write_atomically(out / WEIGHTS[lora], lambda p: save_file(tensors, p, {"format": "pt"}))
+    sd.write_atomically(out / WEIGHTS[lora], lambda p: p.write_bytes(serialise(tensors, {"format": "pt"})))
     print(f"done: {out / WEIGHTS[lora]}")
