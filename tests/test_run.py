@@ -37,6 +37,7 @@ def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
     assert all(m["grad_norm"] > 0 and np.isfinite(m["reward"]) for m in lines)
     assert json.loads((out / "args.json").read_text())["steps"] == sd.TINY["steps"]
     assert all((out / f).exists() for f in ("samples.png", "curves.png", "pytorch_lora_weights.safetensors"))
+    assert len({path.stat().st_mode for path in out.glob("*.*")}) == 1  # who may read one may read all
 
 
 def test_the_saved_lora_in_stock_diffusers_draws_the_run_s_own_pictures(run):
@@ -65,6 +66,16 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
             train("--model", "tests/tiny", "--steps", 12, *arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert before == sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
+
+
+def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_path, capsys):
+    state = torch.load(run[0] / "checkpoint.pt", weights_only=True)
+    del state["settings"]["method"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        train("--model", "tests/tiny", "--steps", 12, "--out", tmp_path, "--resume")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count(" was ") == 1 and "method was None, is 2" in said
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
