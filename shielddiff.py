@@ -366,7 +366,7 @@ def update(run: "Run", roll: Rollout) -> dict:
     is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
     args, optimizer, params = run.args, run.optimizer, run.optimizer.param_groups[0]["params"]
     seen, norms, grads, first = [], [], [], {}
-    kl_weight, clip_range = args.kl_weight, args.clip_range / roll.latents[0, 0].numel()  # a mean's, over D
+    kl_weight, clip_range = args.kl_weight, args.clip_range / roll.latents[0, 0].numel()  # means over D
     finite(roll.advantage, "a reward")
     batches = torch.arange(len(roll.held)).split(args.micro_batch)
     judged, pulled = ([b for b in batches if roll.held[b].all() == held] for held in (False, True))
@@ -387,7 +387,7 @@ def update(run: "Run", roll: Rollout) -> dict:
             off, mixed = (ratio[held == 0] - 1).abs().max().item(), any(roll.held[b].any() for b in judged)
             share = pull.norm() / (pull.norm() + (one + other).norm())
             first = dict(ratio_max_dev=off, kl_share=math.nan if mixed else share.item(),
-                         gradient_agreement=(one @ other / (one.norm() * other.norm())).item())  # noise: 0
+                         gradient_agreement=(one @ other / (one.norm() * other.norm())).item())  # 0: noise
             if off > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: ratios of the unchanged policy are off by {off:.1e}, over "
                      f"--clip-range; try another --attention or --precision fp32", code=1)

@@ -253,6 +253,9 @@ def test_a_pair_of_duo_has_one_noise_and_two_timesteps_and_the_prior_is_noise_al
     inside = (error[0][0] - error[1][0]) - (error[0][1] - error[1][1])
     assert preference.item() == pytest.approx(torch.log(1 + inside.exp()).mean().item(), rel=1e-5)
     assert prior.item() == pytest.approx((0.5 * noise).square().mean().item())
+    zero_snr = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    held = duo.duo_losses(unet, zero_snr, pairs, torch.zeros(1, 77, 3), args, sd.generator(1))[1]
+    assert held.item() == pytest.approx(4e-3 * prior.item(), rel=1e-4)  # as by SD's last signal, not by none
 
 
 def test_duo_and_safegen_ask_the_same_of_the_same_model_that_predicts_v(states):
