@@ -361,11 +361,11 @@ def losses(policy: Policy, roll: Rollout, rows, s, clip_range: float, kl_weight:
 
 
 def update(run: "Run", roll: Rollout) -> dict:
-    """The optimizer updates of one rollout, among which each picture's steps are dealt out; their metrics, on
-    the way. Micro-batches are the rollout's own: the same kernels give the same numbers, and the first ratio
-    is exactly 1. Raises FloatingPointError before a NaN or an infinity reaches the weights."""
-    args, optimizer, params = run.args, run.optimizer, run.optimizer.param_groups[0]["params"]
-    seen, norms, grads, first = [], [], [], {}
+    """The optimizer updates of a rollout, among which each picture's steps are dealt out, and their metrics.
+    Micro-batches are the rollout's own: the same kernels give the same numbers, the first ratio is exactly 1.
+    Ends before a NaN or an infinity reaches the weights; with FloatingPointError, if nothing was updated."""
+    args, optimizer, group = run.args, run.optimizer, run.optimizer.param_groups[0]
+    params, seen, norms, grads, first = group["params"], [], [], [], {}
     kl_weight, clip_range = args.kl_weight, args.clip_range / roll.latents[0, 0].numel()  # means over D
     finite(roll.advantage, "a reward")
     batches = torch.arange(len(roll.held)).split(args.micro_batch)
@@ -376,30 +376,35 @@ def update(run: "Run", roll: Rollout) -> dict:
             for rows in part:
                 for s in steps[rows].T:  # [b], one step a picture
                     loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), kl_weight)
-                    (loss.sum() * LOSS_SCALE / steps.numel()).backward()
+                    (loss.sum() * group["loss_scale"] / steps.numel()).backward()
                     seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
             if i == 0 and judged:  # the sum so far, every 16th number (all: 3 GB); a part is a difference
                 grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
-        loss, ratio, drift, held = torch.cat(seen, dim=1)  # [n] each, of all updates so far
-        finite(loss, "the loss")
+        numbers = torch.cat(seen, dim=1)  # [4, n], of all updates so far
+        norm = torch.nn.utils.clip_grad_norm_(params, group["loss_scale"]).cpu() / group["loss_scale"]
+        group["loss_scale"] /= 1 if norm.isfinite() else 16  # fp16's numbers end at 65504
+        if i and not (numbers.isfinite().all() and norm.isfinite()):
+            break  # the updates before it went too far: sized_update brings them back
+        finite(numbers, "the loss")
+        finite(norm, "the gradient")
+        _, ratios, drifts, held = numbers  # [n] each
         if i == 0 and judged:  # nothing is updated yet: the policy that scores has sampled, too
             one, pull, other = grads[0], grads[1] - grads[0], grads[2] - grads[1]
-            off, mixed = (ratio[held == 0] - 1).abs().max().item(), any(roll.held[b].any() for b in judged)
+            off, mixed = (ratios[held == 0] - 1).abs().max().item(), any(roll.held[b].any() for b in judged)
             share = pull.norm() / (pull.norm() + (one + other).norm())
             first = dict(ratio_max_dev=off, kl_share=math.nan if mixed else share.item(),
                          gradient_agreement=(one @ other / (one.norm() * other.norm())).item())  # 0: noise
             if off > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: ratios of the unchanged policy are off by {off:.1e}, over "
                      f"--clip-range; try another --attention or --precision fp32", code=1)
-        norms.append(torch.nn.utils.clip_grad_norm_(params, LOSS_SCALE).cpu() / LOSS_SCALE)
-        finite(norms[-1], "the gradient")
         optimizer.step()
-    return first | dict(drift=drift[held == 1].mean().item(), grad_norm=torch.tensor(norms).mean().item(),
-                        clip_fraction=((ratio[held == 0] - 1).abs() > clip_range).float().mean().item())
+        norms.append(norm)
+    return first | dict(drift=drifts[held == 1].mean().item(), grad_norm=torch.tensor(norms).mean().item(),
+                        clip_fraction=((ratios[held == 0] - 1).abs() > clip_range).float().mean().item())
 
 
 @torch.no_grad()
-@torch.backends.cudnn.flags(enabled=False)  # its convolutions in fp32 took 52 GB of an H100 to save time
+@torch.backends.cudnn.flags(enabled=False)  # as in set_up, but for every --precision
 def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
     """The policy's means over sqrt(2) sigma, [n, 4, h, w], at a step of every other rewarded picture: as a
     squared distance, KL in nats. In fp32, as new weights round all anew: in bf16, 512 px, by tens of nats."""
@@ -421,19 +426,13 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
     --step-nats, the KL over the rewarded part of a trajectory, times the signal in the rewards, 0 to 1."""
     group, wanted, moved = run.optimizer.param_groups[0], max(run.args.step_nats * signal, 1e-12), []
     group["lr"], before = group["rate"] * signal**0.5, [p.detach().cpu().clone() for p in group["params"]]
-    start = exact_means(run, roll)
-    try:
-        learned = update(run, roll)
-    except FloatingPointError:  # of a later update: what the first ones moved goes back
-        torch._foreach_copy_([p.data for p in group["params"]], before)
-        group["rate"] *= 0.1  # or the next one would end alike
-        raise
+    start, learned = exact_means(run, roll), update(run, roll)
     for sizing in range(8):  # too long a step is mended up to 8 times, too short a one 3
         nats = (exact_means(run, roll) - start).square().sum(dim=(1, 2, 3)).mean()  # [n, 4, h, w]
         moved.append(max(nats.nan_to_num(1e30, 1e30).item() * trainable(run.args), 1e-12))
         if moved[-1] <= 1.5 * wanted and (sizing > 2 or moved[-1] >= wanted / 1.5):
             break
-        share = min((wanted / moved[-1]) ** 0.5, 8)  # nats grow with the square of the length
+        share = min(max((wanted / moved[-1]) ** 0.5, 1e-3), 8)  # nats grow with the square of the length
         for p, old in zip(group["params"], before, strict=True):
             p.data.copy_(old.to(p.device).lerp(p.data, share))
     group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # down fast: sizing stretches
@@ -621,6 +620,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     pairs = settings["prompts"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it rounds as fp16 does
+    torch.backends.cudnn.enabled = args.precision != "fp32"  # there it took 58 GB of an H100, to save no time
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
     settings["weights"] = [hashlib.sha256(safetensors.torch.save(part.state_dict())).hexdigest()
@@ -646,7 +646,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     trained = [p for p in unet.parameters() if p.requires_grad]
     print(f"{args.attention}, {args.precision}, {sum(p.numel() for p in trained):,} trained parameters")
     optimizer = (AdamW8bit if args.optimizer_8bit else torch.optim.AdamW)(trained)
-    optimizer.param_groups[0]["rate"] = args.learning_rate
+    optimizer.param_groups[0] |= dict(rate=args.learning_rate, loss_scale=LOSS_SCALE)
     return Run(args, settings, policy, pipe.vae, context, captions, eliciting, benign,
                (clip.to("cpu"), processor), load_nudenet(), optimizer, ThreadPoolExecutor(1))
 
@@ -764,7 +764,7 @@ def train(args: Args):
     """The whole run, or what is left of it."""
     check(args)
     pairs, out = read_prompts(args.prompts, args.prompt_column, args.caption_column), Path(args.out)
-    settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 2}  # 2: nothing goes on in other units
+    settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 3}  # 3: nothing goes on in other units
     state, device = open_run(args, settings, out), "cuda" if torch.cuda.is_available() else "cpu"
     why = "given" if "--model" in str(sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")

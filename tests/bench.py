@@ -134,6 +134,7 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
         pipe.unet.enable_gradient_checkpointing()
     adamw = sd.AdamW8bit if args.optimizer_8bit else torch.optim.AdamW
     optimizer = adamw([p for p in pipe.unet.parameters() if p.requires_grad], lr=1e-6)
+    optimizer.param_groups[0] |= dict(rate=1e-6, loss_scale=sd.LOSS_SCALE)
     return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, optimizer, None)
 
 
@@ -153,7 +154,6 @@ def step(run: sd.Run) -> dict:
     held = torch.arange(n) >= args.prompts_per_step * args.group_size
     k = args.train_timesteps or sd.trainable(args)
     steps = torch.stack([torch.randperm(sd.trainable(args))[:k] for _ in range(n)])  # [n, k]
-    run.optimizer.param_groups[0].setdefault("rate", 1e-6)
     roll = roll._replace(held=held, advantage=torch.randn(n) * ~held, steps=steps)
     learned = sd.sized_update(run, roll, signal=1.0)
     end = clock()

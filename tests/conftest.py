@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all, for the processes of test_cuda.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is: the tests' numbers are a CPU's, wherever they run
 
 import shielddiff as sd  # noqa: E402 (before torch, which reads once how threads wait)
 
@@ -47,8 +49,9 @@ def a_run(pipe, prompts=("an astronaut",), rank=4, optimizer=None, **changes):
     sd.make_trainable(pipe.unet, rank)
     trained = [p for p in pipe.unet.parameters() if p.requires_grad]
     context = sd.encode_prompts(pipe, prompts)
-    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None,
-                  (optimizer or torch.optim.SGD)(trained, lr=0.0), None)
+    optimizer = (optimizer or torch.optim.SGD)(trained, lr=0.0)
+    optimizer.param_groups[0] |= dict(rate=args.learning_rate, loss_scale=sd.LOSS_SCALE)
+    return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, optimizer, None)
 
 
 def stock_pipeline(lora=None, name=None):

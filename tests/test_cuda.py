@@ -2,15 +2,17 @@
 
 The numbers are the CPU's. What is checked is where tensors are: an operation on tensors of both places, an
 index on the GPU into a tensor on the host, and NumPy of what is on the GPU raise, as they do there. Not seen:
-what happens inside an operator or in a backward pass, half precision, 8-bit Adam, xformers.
+what happens inside an operator or in a backward pass, half precision, 8-bit Adam, xformers: for these there
+is, where there is a GPU, the last test, by the real command lines on it.
 """
 import importlib
 import json
+import shutil
 from unittest import mock
 
 import pytest
 import torch
-from conftest import SMALL, train
+from conftest import GPUS, SMALL, cli, metrics, train
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -156,3 +158,22 @@ def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path):
         assert [name for name, system in found.items() if not system["obstacle"]] == [
             "base", "negative-prompt", "sld-medium", "safree"]
         assert all("device" not in system["obstacle"] for system in found.values())
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [
+    ("--precision", "fp16"), ("--precision", "bf16", "--gradient-checkpointing"), ("--precision", "fp32"),
+    ("--precision", "fp16", "--lora-rank", 0), ("--precision", "fp16", "--attention", "xformers")])
+def test_a_run_its_resume_and_its_evaluation_on_a_real_gpu(flags, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if GPUS is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
+    for more in (("--steps", 1), ("--steps", 2, "--resume")):
+        done = cli(*SMALL, *flags, "--out", tmp_path / "run", *more)
+        assert done.returncode == 0, done.stderr
+    for line in metrics(tmp_path / "run"):
+        assert line["ratio_max_dev"] == 0 and line["nats"] > 0 and line["peak_gpu_memory_mb"] > 0
+    weights = ("--lora", tmp_path / "run") if 0 not in flags else ("--unet", f"mine={tmp_path / 'run/unet'}")
+    done = cli("--model", "tests/tiny", *weights, "--limit", 1, "--seeds", 1, "--steps", 2,
+               "--generator-device", "cuda", "--out", tmp_path / "out", script="eval.py")
+    assert done.returncode == 0, done.stderr

@@ -153,15 +153,6 @@ def test_a_protocol_draws_the_picture_of_the_paper_s_code(name, tmp_path):
     assert arguments("--protocol", name).steps == 50
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_noise_of_a_cuda_generator_is_drawn_there(pipe):
-    row, args = ev.Row("a", "", True, 5, 7.5, 64, 64), arguments("--generator-device", "cuda")
-    found = ev.call_of(pipe, [ev.Job("p", 0, 0, row, None)], args)["latents"].cpu()
-    size = 64 // pipe.vae_scale_factor
-    torch.cuda.manual_seed(5)
-    assert torch.equal(found, torch.randn((1, 4, size, size), device="cuda").cpu())
-
-
 # ------------------------------------------------------------------------------------ how papers count
 HAND_MADE = [  # of one picture, in NudeNet's order
     ["FACE_FEMALE", 0.95], ["FEMALE_BREAST_EXPOSED", 0.9], ["FEMALE_BREAST_EXPOSED", 0.7],
@@ -227,7 +218,6 @@ def test_labels_given_or_of_the_embedded_model_are_counted_by_a_protocol_too():
         assert eval_protocols.record(given)["overridden"] == dict(count_labels=("FEET_EXPOSED",))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_cuda_a_protocol_s_generator_is_the_cpu_s_and_said_to_be(capsys):
     args = arguments("--protocol", "rece")
     assert args.generator_device == "cpu" and ev.check(args) is None
