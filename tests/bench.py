@@ -115,6 +115,7 @@ def load_run(model: str, args: sd.Args, prompts: list[str], pixels: int | None =
     """What sd.set_up makes of a model and its files: without the reward, whose place random numbers take."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.enabled = args.precision != "fp32"
     dtype, device = getattr(torch, dict(fp32="float32", bf16="bfloat16", fp16="float16")[args.precision]), \
         "cuda" if CUDA else "cpu"
     pipe = sd15(dtype) if model == "sd15" else sd.load_pipeline(
