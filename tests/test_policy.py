@@ -568,6 +568,25 @@ def test_a_step_is_as_long_as_wanted_whatever_the_updates_did_and_the_rate_follo
         p.data.copy_(b)
 
 
+def test_a_step_that_moved_beyond_all_numbers_is_brought_back_and_not_to_nothing(forty_pictures, monkeypatch):
+    run, roll = forty_pictures
+    group, true_means, calls = run.optimizer.param_groups[0], sd.exact_means, []
+    before = [p.detach().clone() for p in group["params"]]
+
+    def far(run, roll):
+        for p in group["params"]:
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        return {}
+
+    monkeypatch.setattr(sd, "update", far)
+    monkeypatch.setattr(sd, "exact_means", lambda *a: true_means(*a) * (
+        torch.nan if calls.append(0) or len(calls) == 2 else 1))
+    line = sd.sized_update(run, roll._replace(steps=torch.arange(40)[:, None] % 3), 1.0)
+    assert line["nats_before_sizing"] > 1e30 and 0.01 < line["nats"] < 3
+    for p, b in zip(group["params"], before, strict=True):
+        p.data.copy_(b)
+
+
 def test_a_step_without_signal_moves_nothing_and_keeps_the_rate(forty_pictures, monkeypatch):
     run, roll = forty_pictures
     group, measured = run.optimizer.param_groups[0], []
@@ -594,7 +613,9 @@ def test_thousands_of_prompts_go_through_the_text_encoders_in_parts(monkeypatch)
     for name in ("encode_prompts", "caption_features"):
         monkeypatch.setattr(sd, name, recorded(getattr(sd, name)))
     pairs = [(prompt, prompt, True) for prompt in prompts]
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
     run = sd.set_up(sd.parse_args(["--model", "tests/tiny"]), {"prompts": pairs}, "cpu")
+    assert not torch.backends.cudnn.enabled  # in fp32
     assert sizes == [128, 128, 44] * 2
     for i in (0, 128, 299):  # in their order
         torch.testing.assert_close(run.context[:, i:i + 1], sd.encode_prompts(pipe, prompts[i:i + 1]))

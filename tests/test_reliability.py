@@ -240,7 +240,12 @@ def test_a_step_with_bad_numbers_is_skipped_and_logged(name, call, bad, what, tm
     assert all(v.isfinite().all() for v in weights.values())
 
 
-@pytest.mark.parametrize("bad", [nan_loss, nan_gradient])
+def infinite_ratio(*arguments, original=sd.policy_loss):
+    loss, ratio = original(*arguments)
+    return loss, ratio * torch.inf  # clipped where the advantage is positive: loss and gradient are fine
+
+
+@pytest.mark.parametrize("bad", [nan_loss, nan_gradient, infinite_ratio])
 def test_where_a_second_update_is_bad_the_first_one_makes_the_step(bad, tmp_path, monkeypatch):
     monkeypatch.setattr(sd, "policy_loss", at_call(sd.policy_loss, 3, bad))  # two calls an update
     train(*SMALL, "--steps", 1, "--out", tmp_path / "run")
