@@ -117,10 +117,10 @@ class Args:
     fixed_seed: int | None = None  # the seed of every prompt without one, instead of those from --seed
     generator_device: Literal["cpu", "cuda"] = "cpu"  # on which noise is drawn: another picture, same seed
     scheduler: Literal["ddim", "model", *protocols.SCHEDULERS] = "ddim"  # eta 0; model: the model's own
-    steps: int = 50  # of it
+    steps: int = 50  # of the scheduler
     guidance_scale: float = 7.5  # classifier-free guidance where a row names none
-    row_guidance: bool = True  # honour the guidance of a CSV row (its seed always is), and
-    row_size: bool = True  # its width and height
+    row_guidance: bool = True  # honour the guidance that a table's row names (its seed always is)
+    row_size: bool = True  # honour the width and height that a table's row names
     batch_size: int = 8  # pictures drawn at once: the result does not depend on it
     # of the model
     precision: Literal["fp32", "bf16", "fp16"] = "fp16" if torch.cuda.is_available() else "fp32"
