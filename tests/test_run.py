@@ -75,7 +75,7 @@ def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_pat
     with pytest.raises(SystemExit) as stop:
         train("--model", "tests/tiny", "--steps", 12, "--out", tmp_path, "--resume")
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count(" was ") == 1 and "method was None, is 2" in said
+    assert stop.value.code == 2 and said.count(" was ") == 1 and "method was None, is 3" in said
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
