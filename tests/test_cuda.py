@@ -3,16 +3,18 @@
 The numbers are the CPU's. What is checked is where tensors are: an operation on tensors of both places, an
 index on the GPU into a tensor on the host, and NumPy of what is on the GPU raise, as they do there. Not seen:
 what happens inside an operator or in a backward pass, half precision, 8-bit Adam, xformers: for these there
-is, where there is a GPU, the last test, by the real command lines on it.
+are, where there is a GPU, the last two tests, in processes that see it.
 """
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
-from conftest import GPUS, SMALL, cli, metrics, train
+from conftest import GPUS, ROOT, SMALL, cli, metrics, train
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -160,14 +162,38 @@ def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path):
         assert all("device" not in system["obstacle"] for system in found.values())
 
 
-@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [
-    ("--precision", "fp16"), ("--precision", "bf16", "--gradient-checkpointing"), ("--precision", "fp32"),
-    ("--precision", "fp16", "--lora-rank", 0), ("--precision", "fp16", "--attention", "xformers")])
-def test_a_run_its_resume_and_its_evaluation_on_a_real_gpu(flags, tmp_path, monkeypatch):
+@pytest.fixture
+def real_gpu(monkeypatch):
+    """Processes that a test starts see the GPU, which the suite itself does not."""
+    if not shutil.which("nvidia-smi"):
+        pytest.skip("needs a GPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if GPUS is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
+
+
+NOISE = """
+import torch
+import eval as ev, shielddiff as sd
+args = ev.parse_args("--model tests/tiny --generator-device cuda".split())
+pipe = sd.load_pipeline("tests/tiny")
+row = ev.Row("a", "", True, 5, 7.5, 64, 64)
+found = ev.call_of(pipe, [ev.Job("p", 0, 0, row, None)], args)["latents"].cpu()
+size = 64 // pipe.vae_scale_factor
+torch.cuda.manual_seed(5)
+assert torch.equal(found, torch.randn((1, 4, size, size), device="cuda").cpu())
+"""
+
+
+def test_noise_of_a_cuda_generator_is_drawn_there(real_gpu):
+    done = subprocess.run([sys.executable, "-c", NOISE], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [
+    ("--precision", "fp16"), ("--precision", "bf16", "--gradient-checkpointing"), ("--precision", "fp32"),
+    ("--precision", "fp16", "--lora-rank", 0), ("--precision", "fp16", "--attention", "xformers")])
+def test_a_run_its_resume_and_its_evaluation_on_a_real_gpu(flags, real_gpu, tmp_path):
     for more in (("--steps", 1), ("--steps", 2, "--resume")):
         done = cli(*SMALL, *flags, "--out", tmp_path / "run", *more)
         assert done.returncode == 0, done.stderr

@@ -495,8 +495,7 @@ def test_the_nats_of_a_policy_shifted_by_a_known_amount(by, forty_pictures):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_nats_are_measured_in_fp32_whatever_the_precision_of_weights_and_arithmetic(
-        dtype, monkeypatch):
+def test_nats_are_measured_in_fp32_whatever_the_precision_of_weights_and_arithmetic(dtype, monkeypatch):
     """A change too small for bf16's activations has the nats that it has in fp32; no weight is changed."""
     monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
     pipe = sd.load_pipeline(str(ROOT / "tests/tiny"), dtype)
