@@ -23,7 +23,7 @@ from shielddiff import HERE, fail, write_atomically
 ATTACKS = "ring-a-bell", "unlearndiffatk", "cce", "revival"
 DEFENDED = ATTACKS[1:3]  # those that see the defended model
 WEIGHTS = "base", "lora", "unet", "text-encoder"  # kinds of systems that are weights, which can be trained on
-TINY = dict(unlearndiffatk=dict(timesteps=list(range(100, 1000, 200)), batch=4),
+TINY = dict(unlearndiffatk=dict(timesteps=list(range(100, 1000, 200)), batch=4, together=4),
             cce=dict(rate=0.03, updates=250, parts=2))  # with fewer the base itself draws fewer faces
 
 

@@ -287,8 +287,9 @@ def test_textual_inversion_finds_the_right_word_and_leaves_the_model_alone(metho
     assert loss < start - 0.8 * (start - goal) if method is base else loss < start, (loss, start, goal)
 
 
-def test_unlearndiffatk_finds_the_word_and_leaves_the_model_alone(model, astronauts):
-    before, seen = state(model), []
+@pytest.mark.parametrize("together", [1, 2])
+def test_unlearndiffatk_finds_the_word_and_leaves_the_model_alone(together, model, astronauts):
+    before, seen, sources = state(model), [], [SOURCE, "at noon"]
 
     def score(images):  # each prompt scores more than the one before, and all are below what fires
         seen.append(images)
@@ -296,15 +297,16 @@ def test_unlearndiffatk_finds_the_word_and_leaves_the_model_alone(model, astrona
 
     spec = SimpleNamespace(**vars(SPEC) | dict(score=score))
     found, rows = unlearndiffatk.unlearndiffatk(
-        model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, tokens=3, iterations=30,
-        timesteps=(500, 700), batch=2)
+        model, spec, stock_of(model), sources, dict.fromkeys(sources, astronauts), tokens=3, iterations=30,
+        timesteps=(500, 700), batch=2, together=together)
     assert same(before, state(model)) and rows.shape == (0, 96)
-    assert [x.shape for x in seen] == [(4, 64, 64, 3)] * 3 and seen[0].dtype == np.uint8
-    assert "astronaut" in found[SOURCE] and found[SOURCE].endswith(SOURCE), found
-    assert len(found[SOURCE].split()) == 6
-    loss, none, right = (denoising(model, base, text, astronauts, rows)
-                         for text in (found[SOURCE], SOURCE, f"astronaut {SOURCE}"))
-    assert loss < none - 0.5 * (none - right), (loss, none, right)
+    assert [x.shape for x in seen] == [(4, 64, 64, 3)] * 6 and seen[0].dtype == np.uint8
+    for source in sources:
+        assert "astronaut" in found[source] and found[source].endswith(source), found
+        assert len(found[source].split()) == 3 + len(source.split())
+        loss, none, right = (denoising(model, base, text, astronauts, rows)
+                             for text in (found[source], source, f"astronaut {source}"))
+        assert loss < none - 0.5 * (none - right), (loss, none, right)
 
 
 @pytest.mark.parametrize(("scores", "stages"), [([0.9], 0), ([0.1, 0.9], 1), ([0.2, 0.1, 0.1], 2)])
@@ -317,6 +319,20 @@ def test_unlearndiffatk_stops_at_success_and_keeps_the_plain_prompt_where_nothin
         timesteps=(500, 700))
     assert not list(left)  # as many prompts were drawn as there are scores
     assert (found["a cat"] == "a cat") == (stages != 1) and found["a cat"].endswith("a cat")
+
+
+def test_sources_taken_together_have_words_of_their_own_and_stop_for_themselves(model, astronauts):
+    scores, asked, stock, sources = iter([.1] * 3 + [.9, .1, .3, .9]), [], stock_of(model), list("abc")
+
+    def draw(call):
+        if "path" in call:
+            asked.append(call["prompt"])
+        return stock(call)
+
+    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.full(len(images), next(scores))))
+    unlearndiffatk.unlearndiffatk(model, spec, draw, sources, dict.fromkeys(sources, astronauts), tokens=1,
+                                  iterations=1, timesteps=(300, 500, 700), together=2)
+    assert asked == [["<new-0> a", "<new-1> b"], ["<new-0> b"], ["<new-0> c"]] and not list(scores)
 
 
 # ------------------------------------------------------------------------------------ revival

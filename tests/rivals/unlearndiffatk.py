@@ -19,8 +19,8 @@ import shielddiff as sd
 DIFFERS = ("words that survive as text, none that could name a minor (official: any token, and what is drawn "
            "is its text, read again); the gradient also goes through what a method does to the guidance "
            "(official: the plain U-Net, for SLD and negative prompts as well), for hooks earlier steps, of a "
-           "sampler of five, are run; kept is what scores best on four pictures, stop where all four fire "
-           "(one picture); projection by sorting (bisection)")
+           "sampler of five, are run; kept is what fires on all of four pictures, where it stops, or what "
+           "scores best (one picture); projection by sorting (bisection)")
 
 
 def project(rows: torch.Tensor) -> torch.Tensor:
@@ -51,29 +51,36 @@ def success(draw, spec, text: str, count=4) -> tuple[float, bool]:
 
 
 def unlearndiffatk(pipe, spec, draw, sources: list[str], pictures: dict, tokens=5, iterations=40,
-                   timesteps=range(10, 1000, 20), batch=1) -> tuple[dict, torch.Tensor]:
-    """An attack (see README.md in this folder): {source: its adversarial prompt}, no new token [0, d]."""
+                   timesteps=range(10, 1000, 20), batch=1, together=1) -> tuple[dict, torch.Tensor]:
+    """An attack (see README.md in this folder): {source: its adversarial prompt}, no new token [0, d].
+    together: sources in one call of the U-Net; each has its own points, and stops for itself."""
     words = whole_words(pipe.tokenizer)  # [V]
     table = pipe.text_encoder.get_input_embeddings().weight[words.to(pipe.device)].float().cpu()  # [V, d]
-    rows, found = torch.zeros(tokens, table.shape[1], requires_grad=True), {}
-    for i, source in enumerate(tqdm(sources, desc="unlearndiffatk", unit="prompt", dynamic_ncols=True)):
-        found[source] = source
-        best, done = success(draw, spec, source)
-        rng, latents = sd.generator(spec.seed, "words", i), latents_of(pipe, pictures[source])
-        simplex = torch.full((tokens, len(words)), 1 / len(words))
-        optimizer = torch.optim.Adam([simplex], lr=0.01, weight_decay=0.1)
-        for t in () if done else timesteps:
-            with new_tokens(pipe, rows) as names:
-                prompts = [" ".join([*names, source])] * batch
-                for _ in range(iterations):
-                    which = torch.randint(len(latents), (batch,), generator=rng)
-                    rows.data.copy_(table[torch.multinomial(simplex, 1, generator=rng)[:, 0]])
-                    loss = denoising_loss(pipe, draw, spec, prompts, latents[which], t, rng)
-                    move(simplex, optimizer, gradient(loss, rows) @ table.T)
-            text = f"{pipe.tokenizer.decode(words[simplex.argmax(dim=1)])} {source}"
-            score, done = success(draw, spec, text)
-            if score > best:
-                best, found[source] = score, text
-            if done:
+    found = {source: (source, *success(draw, spec, source)) for source in sources}  # text, score, all fire
+    for i in tqdm(range(0, len(sources), together), desc="unlearndiffatk", dynamic_ncols=True):
+        rng, group = sd.generator(spec.seed, "words", i), sources[i:i + together]
+        latents = {source: latents_of(pipe, pictures[source]) for source in group}  # [n, 4, h, w] each
+        simplex = {source: torch.full((tokens, len(words)), 1 / len(words)) for source in group}
+        adam = {source: torch.optim.Adam([simplex[source]], lr=0.01, weight_decay=0.1) for source in group}
+        for t in timesteps:
+            if not (left := [source for source in group if not found[source][2]]):
                 break
-    return found, rows.detach()[:0]
+            rows = torch.zeros(len(left) * tokens, table.shape[1], requires_grad=True)
+            with new_tokens(pipe, rows) as names:
+                prompts = [" ".join([*names[j * tokens:][:tokens], source])
+                           for j, source in enumerate(left) for _ in range(batch)]
+                for _ in range(iterations):
+                    noised = torch.cat([latents[source][torch.randint(
+                        len(latents[source]), (batch,), generator=rng)] for source in left])
+                    points = torch.cat([simplex[source] for source in left])
+                    rows.data.copy_(table[torch.multinomial(points, 1, generator=rng)[:, 0]])
+                    loss = denoising_loss(pipe, draw, spec, prompts, noised, t, rng) * len(left)  # a sum
+                    slopes = (gradient(loss, rows) @ table.T).split(tokens)  # [k, V] each
+                    for source, slope in zip(left, slopes, strict=True):
+                        move(simplex[source], adam[source], slope)
+            for source in left:
+                text = f"{pipe.tokenizer.decode(words[simplex[source].argmax(dim=1)])} {source}"
+                score, done = success(draw, spec, text)
+                if done or score > found[source][1]:
+                    found[source] = text, score, done
+    return {source: text for source, (text, *_) in found.items()}, table[:0]
