@@ -301,8 +301,9 @@ def test_unlearndiffatk_finds_the_word_and_leaves_the_model_alone(together, mode
         timesteps=(500, 700), batch=2, together=together)
     assert same(before, state(model)) and rows.shape == (0, 96)
     assert [x.shape for x in seen] == [(4, 64, 64, 3)] * 6 and seen[0].dtype == np.uint8
+    assert "astronaut" in found[SOURCE], found
     for source in sources:
-        assert "astronaut" in found[source] and found[source].endswith(source), found
+        assert found[source].endswith(source), found
         assert len(found[source].split()) == 3 + len(source.split())
         loss, none, right = (denoising(model, base, text, astronauts, rows)
                              for text in (found[source], source, f"astronaut {source}"))
