@@ -15,7 +15,7 @@ from eval_results import lines_of, unused
 from PIL import ImageOps
 from rivals.defended import denoising_loss, gradient, latents_of, new_tokens
 from rivals.revival import revived
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import shielddiff as sd
 from shielddiff import HERE, fail, write_atomically
@@ -94,7 +94,7 @@ def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list)
             setup.args, "revival")), setup.out / "revival.safetensors"
         if not path.exists():
             with train(setup.pipe) as style:
-                write_atomically(path, functools.partial(save_file, style))
+                write_atomically(path, functools.partial(Path.write_bytes, data=save(style)))
         for name, merged in ("revival merged", True), ("revival apart", False):
             switch = functools.partial(fine_tuned, switched_on, train, load_file(path), merged)
             yield unused(name, sets), sources, switch, path, {}

@@ -175,6 +175,20 @@ def test_the_estimate_is_that_which_would_guide_the_undefended_model_to_the_defe
     torch.testing.assert_close(estimate(model, sld.weak, path), prompt - avoid, atol=1e-4, rtol=1e-3)
 
 
+def test_prompts_that_repeat_are_encoded_once_and_each_picture_has_its_own(model, monkeypatch):
+    texts, encoded = ["an astronaut", "a cat", "an astronaut"], []
+    x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    call, encode = dict(guidance_scale=3.0, num_inference_steps=5), model.encode_prompt
+    with torch.no_grad():
+        one_by_one = torch.cat([defended.noise_estimate(model, call | dict(
+            prompt=[text], path=[(599, x[i:i + 1])]))[0] for i, text in enumerate(texts)])
+        monkeypatch.setattr(model, "encode_prompt", lambda prompt, *a, **k: encoded.append(prompt) or
+                            encode(prompt, *a, **k))
+        together, _ = defended.noise_estimate(model, call | dict(prompt=texts, path=[(599, x)]))
+    torch.testing.assert_close(together, one_by_one)
+    assert encoded == [texts[:2]]
+
+
 def test_a_hook_that_counts_steps_or_remembers_is_where_a_drawing_would_have_brought_it(model):
     """15 of 50 steps of warm-up are 1.5 of 5: sld-weak works from the second step on. sld-max remembers.
     The steps are those of the call: a path is shorter than the pictures' sampler."""

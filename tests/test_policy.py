@@ -72,6 +72,15 @@ def test_a_schedule_that_is_no_policy_is_refused_with_the_reason(change, word, c
     assert word in capsys.readouterr().err
 
 
+def test_a_model_from_zero_signal_is_refused_so_few_steps_that_none_but_the_last_has_any(capsys):
+    config = {**SD_CONFIG, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+              "prediction_type": "v_prediction"}
+    with pytest.raises(SystemExit) as stop:
+        sd.noise_schedule(config, 2)
+    assert stop.value.code == 2 and "signal" in capsys.readouterr().err
+    assert math.isfinite(sd.noise_schedule(config, 3).gain)
+
+
 def test_a_scheduler_config_without_clip_sample_does_not_clip():
     config = {k: v for k, v in SD_CONFIG.items() if k != "clip_sample"}  # e.g. Euler's
     assert torch.equal(sd.noise_schedule(config, 10).alpha, sd.noise_schedule(SD_CONFIG, 10).alpha)

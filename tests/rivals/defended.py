@@ -58,8 +58,13 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
     given = {k: call.get(k) for k in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
     negative = any(v is not None for k, v in given.items() if k.startswith("negative"))
     hooked, nothing_refused = bool(pipe.unet._forward_hooks), np.zeros(len(x), bool)
+    texts, rows = call.get("prompt"), slice(None)
+    if all(value is None for value in given.values()):  # each text is encoded once: attacks repeat theirs
+        once = [*dict.fromkeys(texts)]
+        texts, rows = once, [once.index(text) for text in texts]
     # [B, 77, d] each; `other`, which the prompt is guided away from, only where it is needed
-    prompt, other = pipe.encode_prompt(call.get("prompt"), pipe.device, 1, negative or hooked, **given)
+    prompt, other = (states if states is None else states[rows] for states in pipe.encode_prompt(
+        texts, pipe.device, 1, negative or hooked, **given))
     if not negative and not hooked:
         return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), nothing_refused
     both = torch.cat([other, prompt])  # [2 B, 77, d]
