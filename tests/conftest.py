@@ -15,6 +15,8 @@ os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all, for the processes of test_cuda.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is: the tests' numbers are a CPU's, wherever they run
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))  # each has its share
 
 import shielddiff as sd  # noqa: E402 (before torch, which reads once how threads wait)
 
@@ -22,6 +24,12 @@ import shielddiff as sd  # noqa: E402 (before torch, which reads once how thread
 import torch  # noqa: E402
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """One process for each file, and one for all that looks at the main job, which is to run once."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("run" if "run" in item.fixturenames else item.path.name))
 
 
 def cli(*arguments, script="shielddiff.py", timeout=900):
