@@ -73,7 +73,7 @@ class Args:
     """ShieldDiff. Defaults are those in force. Without CUDA, what is run differs (64 px, faces), not how."""
     steps: int = 300  # policy-gradient steps: one rollout and its updates each
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # folder or hub id of an SD 1.x / 2.x pipeline
-    prompts: str = str(HERE / "prompts.txt")  # a line each, 'prompt => safe caption' or benign; or a table
+    prompts: str = str(HERE / "prompts.txt")  # lines 'prompt => safe caption' or benign; a table's all elicit
     prompt_column: str | None = None  # of a table: CSV, TSV, JSON, JSON Lines. None: one of the known names
     caption_column: str | None = None  # of a table's safe captions
     labels: tuple[Literal[LABELS], ...] = NUDITY  # NudeNet labels to suppress
@@ -87,8 +87,8 @@ class Args:
     train_timesteps: int = 0  # random timesteps trained per picture; 0: all that are rewarded
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
-    group_size: int = 8  # pictures of each of them (K): the group within which rewards are compared
-    left_out: float = 0.5  # each moves to the empty prompt by a random share, up to this
+    group_size: int = 8  # pictures of each eliciting prompt (K): rewards are compared within this group
+    left_out: float = 0.5  # an eliciting prompt moves towards the empty one by a random share, up to this
     held_per_step: int = 8  # pictures of benign prompts a rollout: the more, the more they weigh in the loss
     micro_batch: int = 4  # pictures a U-Net call: memory grows with it, the result only rounds differently
     updates_per_step: int = 4  # optimizer updates a rollout; the trained timesteps are dealt out among them
@@ -265,7 +265,6 @@ def nudity_scores(session, images: np.ndarray, labels: list[str]) -> torch.Tenso
                                     for resolution, _, view in nudenet_views(images)], axis=0))
 
 
-@torch.no_grad()
 def caption_features(clip, processor, captions: list[str]) -> torch.Tensor:
     """Unit CLIP features [N, d] of captions, truncated to CLIP's 77 tokens."""
     tokens = processor.tokenizer(captions, padding=True, truncation=True, max_length=77, return_tensors="pt")
@@ -273,7 +272,6 @@ def caption_features(clip, processor, captions: list[str]) -> torch.Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-@torch.no_grad()
 def image_features(clip, processor, images: np.ndarray) -> torch.Tensor:
     """Unit CLIP features [B, d] of RGB uint8 images [B, H, W, 3]."""
     pixels = processor.image_processor(images=list(images), return_tensors="pt").pixel_values
@@ -378,7 +376,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                     loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), kl_weight)
                     (loss.sum() * group["loss_scale"] / steps.numel()).backward()
                     seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
-            if i == 0 and judged:  # the sum so far, every 16th number (all: 3 GB); a part is a difference
+            if i == 0 and judged:  # a running sum, every 16th number (all: 3 GB): parts are differences
                 grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
         numbers = torch.cat(seen, dim=1)  # [4, n], of all updates so far
         norm = torch.nn.utils.clip_grad_norm_(params, group["loss_scale"]).cpu() / group["loss_scale"]
@@ -397,6 +395,8 @@ def update(run: "Run", roll: Rollout) -> dict:
             if off > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: ratios of the unchanged policy are off by {off:.1e}, over "
                      f"--clip-range; try another --attention or --precision fp32", code=1)
+        for p in params:  # by one scale for good: else Adam's momentum would be of other units
+            p.grad.mul_(LOSS_SCALE / group["loss_scale"])
         optimizer.step()
         norms.append(norm)
     return first | dict(drift=drifts[held == 1].mean().item(), grad_norm=torch.tensor(norms).mean().item(),
@@ -404,7 +404,7 @@ def update(run: "Run", roll: Rollout) -> dict:
 
 
 @torch.no_grad()
-@torch.backends.cudnn.flags(enabled=False)  # as in set_up, but for every --precision
+@torch.backends.cudnn.flags(enabled=False)  # whose fp32 convolutions took 57 GiB of an H100
 def exact_means(run: "Run", roll: Rollout) -> torch.Tensor:
     """The policy's means over sqrt(2) sigma, [n, 4, h, w], at a step of every other rewarded picture: as a
     squared distance, KL in nats. In fp32, as new weights round all anew: in bf16, 512 px, by tens of nats."""
@@ -620,7 +620,7 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     pairs = settings["prompts"]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it rounds as fp16 does
-    torch.backends.cudnn.enabled = args.precision != "fp32"  # there it took 57 GiB of an H100, as slowly
+    torch.backends.cudnn.enabled = args.precision != "fp32"  # see exact_means; it is no slower without
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
     clip, processor = load_clip(args.clip_model, device)
     settings["weights"] = [hashlib.sha256(safetensors.torch.save(part.state_dict())).hexdigest()
@@ -677,9 +677,8 @@ def save(run: Run, metrics: list[dict], out: Path):
         files = {"unet/diffusion_pytorch_model": unet.state_dict()}
         (out / "unet").mkdir(exist_ok=True)
         write_atomically(out / "unet/config.json", unet.to_json_file)
-    for name, weights in files.items():
-        data = safetensors.torch.save({k: v.contiguous().cpu() for k, v in weights.items()})
-        write_atomically(out / f"{name}.safetensors", lambda p, data=data: p.write_bytes(data))
+    for name, w in files.items():
+        write_atomically(out / f"{name}.safetensors", lambda p, w=w: p.write_bytes(safetensors.torch.save(w)))
 
 
 def draw(run: Run, metrics: list[dict], out: Path):
@@ -688,7 +687,7 @@ def draw(run: Run, metrics: list[dict], out: Path):
     gens = [generator(run.args.seed, "sample", i) for i in shown]
     images = rollout(run, run.context[:, shown], torch.ones(len(shown), dtype=bool), gens).images
     if not (run.args.show_uncensored or Path(run.args.model).resolve() == HERE / "tests/tiny"):
-        for i in np.flatnonzero(nudity_scores(run.nudenet, images, NUDITY) > 0.2):  # a mosaic of 8 by 8
+        for i in np.flatnonzero(nudity_scores(run.nudenet, images, NUDITY) > 0.2):  # early, to be sure
             tiles = cv2.resize(images[i], (8, 8), interpolation=cv2.INTER_AREA)
             images[i] = cv2.resize(tiles, images[i].shape[1::-1], interpolation=cv2.INTER_NEAREST)
     row, path = np.concatenate(images, axis=1), out / "samples.png"  # [H, n * W, 3]
@@ -729,7 +728,7 @@ def what_to_tell(metrics: list[dict]) -> str:
     last = [m for m in metrics[-20:] if "skipped" not in m]
     reward, signal, agreement, share, rate = (np.array([m.get(k, math.nan) for m in last]) for k in (
         "reward", "signal", "gradient_agreement", "kl_share", "nudity_rate"))  # [n] each
-    if len(metrics) == 1 == len(last) and signal[0] < 0.2 and rate[0] in (0, 1):
+    if len(metrics) == 1 == len(last) and (rate[0] == 0 or rate[0] == 1 and signal[0] < 0.2):
         return (f"nothing to learn from: {'every' if rate[0] else 'no'} picture of the first rollout shows "
                 "what --labels name; other --prompts, --labels or --model?")
     learned = len(last) < 20 or reward[10:].mean() > reward[:10].mean() + 0.01
@@ -755,7 +754,7 @@ def go_on(run: Run, metrics: list[dict], out: Path):
         write_atomically(out / "metrics.jsonl", lambda p, text=text: p.write_text(text))
         if len(metrics) > 2 and all("skipped" in m for m in metrics[-3:]):
             fail(f"three steps in a row were not finite: {out} holds the weights saved before. Start anew, "
-                 f"with a lower --learning-rate or --precision bf16 or fp32", code=1)
+                 f"with --precision bf16 or fp32", code=1)
         if step + 1 == run.args.steps or (step + 1) % run.args.save_every == 0 and "skipped" not in line:
             save(run, metrics, out)
 
@@ -767,7 +766,8 @@ def train(args: Args):
     settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 3}  # 3: nothing goes on in other units
     state, device = open_run(args, settings, out), "cuda" if torch.cuda.is_available() else "cpu"
     why = "given" if "--model" in str(sys.argv) else f"the default on {device}"
-    print(f"model {args.model} ({why}), {len(pairs)} prompts, suppressing {', '.join(args.labels)}")
+    print(f"model {args.model} ({why}), suppressing {', '.join(args.labels)}: "
+          f"{sum(e for *_, e in pairs)} eliciting prompts, {sum(not e for *_, e in pairs)} benign")
     try:
         run = set_up(args, settings, device)
         if state and state["settings"].get("weights") != settings["weights"]:  # not paths: a folder may move
@@ -791,8 +791,8 @@ def train(args: Args):
     except KeyboardInterrupt:  # at whatever byte, as SIGTERM and kill -9
         fail("stopped; where a checkpoint is saved, the same command with --resume goes on", code=130)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
-        fail(f"{str(error).splitlines()[0]}: try --precision bf16 or, for memory, a LoRA or --resume "
-             f"--micro-batch {max(args.micro_batch // 2, 1)}", code=1)
+        fail(f"{str(error).splitlines()[0]}: try --precision bf16 or, for memory, a LoRA or --micro-batch "
+             f"{max(args.micro_batch // 2, 1)} (with --resume, where a checkpoint is saved)", code=1)
     print(f"done: {out} holds {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}")
 
 

@@ -198,7 +198,8 @@ def a_line(**changes):
 
 def test_a_run_tells_that_there_is_nothing_to_learn_from_or_that_nothing_was_learned():
     assert sd.what_to_tell([a_line()]) == "" == sd.what_to_tell([dict(skipped="a picture is not finite")])
-    assert "no picture" in sd.what_to_tell([a_line(signal=0.1, nudity_rate=0)])
+    for signal in (0.1, 0.5):  # CLIP's scores differ, too
+        assert "no picture" in sd.what_to_tell([a_line(signal=signal, nudity_rate=0)])
     assert "every picture" in sd.what_to_tell([a_line(signal=0.1, nudity_rate=1)])
     assert sd.what_to_tell([a_line(signal=0.3, nudity_rate=1)]) == ""  # all show it, some more than others
     assert sd.what_to_tell([a_line(), a_line(signal=0.1, nudity_rate=0)]) == ""  # all gone: that is the aim
@@ -291,6 +292,14 @@ def test_update_is_the_gradient_of_the_hand_written_loss_clipped_to_norm_1(size,
     assert (norm > 1) == (size == 5000)  # both sides of the clipping are tried
     same_gradient(run.optimizer.seen[0], expected)
     assert learned["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_the_optimizer_s_units_stay_when_the_loss_scale_falls():
+    run, roll = four_pictures()
+    for scale in (sd.LOSS_SCALE, 2.0**8):
+        run.optimizer.param_groups[0]["loss_scale"] = scale
+        sd.update(run, roll)
+    assert torch.equal(*run.optimizer.seen) and run.optimizer.seen[0].any()
 
 
 def test_updates_after_the_first_are_clipped_and_each_has_its_share_of_the_steps():

@@ -314,7 +314,7 @@ def test_too_little_memory_is_one_line_that_says_how_to_go_on_with_the_same_resu
     with pytest.raises(SystemExit) as stop:
         train(*SMALL, "--steps", 2, "--out", tmp_path / "two", "--micro-batch", 2)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and "out of memory" in said and "--resume --micro-batch 1" in said
+    assert stop.value.code == 1 and "out of memory" in said and "--micro-batch 1 (with --resume" in said
     train(*SMALL, "--steps", 2, "--out", tmp_path / "two", "--resume", "--micro-batch", 1)
     assert_same(final(tmp_path / "one"), final(tmp_path / "two"))
 
