@@ -28,7 +28,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -211,12 +211,10 @@ def cell(row: dict, names: tuple[str, ...], convert, default, where: str):
     for name in names:
         text = "" if row.get(name) is None else str(row[name]).strip()
         if text:
-            try:
+            with suppress(ValueError, OverflowError):
                 number = convert(text)
                 if math.isfinite(number):
                     return number
-            except (ValueError, OverflowError):
-                pass
             fail(f"{where}: {name} is {text!r}, not a number")
     return default
 
@@ -816,9 +814,10 @@ def evaluate(args: Args):
     """The whole evaluation."""
     inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     check(args)
+    systems = list_systems(args)  # before hours of training
     if args.benchmark:
         args = eval_benchmark.prepare(args, tuple(METHODS))
-    systems = list_systems(args)
+        systems = list_systems(args)
     faces = any(label.startswith("FACE_") for label in args.labels)
     rival = "face_cascade" if faces else "open_nsfw"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -860,37 +859,42 @@ def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size:
 
 
 def run_attacks(setup: Setup, systems: list[System], jobs: list[Job], sources: list[Row], report: dict):
-    """The jobs and those of the attacks on each system, which are made and drawn here."""
+    """Yields the jobs and, once it is all made and drawn, these and those of the attacks on each system."""
+    yield jobs
     made = eval_attacks.of_each_system(setup, systems, switched_on, sources, jobs)
     for name, rows, switch, path, report["found_on_base"][name] in made:
         more = list_jobs({name: (rows, [None])}, setup.args.seeds)
         run_all(setup, systems, more, switch)
         jobs = jobs + more
         report["protocol"]["prompt_sets"][name] = describe(str(path), rows)
-    return jobs
+    if report["found_on_base"]:
+        yield jobs
 
 
 def measure(setup: Setup, systems: list[System], jobs: list[Job], sources: list[Row],
             reference: list[Path], seen: set[str], report: dict):
     """Draw and score; the numbers first, then what can fail without them being lost. seen: by training."""
     run_all(setup, systems, jobs)
-    jobs = run_attacks(setup, systems, jobs, sources, report)
     args, out, judges, rival = setup.args, setup.out, setup.judges, report["held_out_detector"]
-    parts = {name: {job.i: job.row for job in some}.values() for name, (_, some) in parts_of(jobs).items()}
-    report |= dict(
-        trained_prompts={name: sum(row.prompt in seen for row in rows) for name, rows in parts.items()},
-        without_caption={name: sum(row.elicits and not row.caption for row in rows)
-                         for name, rows in parts.items()})
-    tables = tables_of(out, functools.partial(table_of, labels=args.count_labels or args.labels,
-                                              thresholds=args.thresholds, held_out=HELD_OUT))
-    results = numbers_of(tables, jobs, [s.name for s in systems], rival, args.thresholds)
-    report = write_numbers(report | dict(sets=results), out)
+    for now in run_attacks(setup, systems, jobs, sources, report):
+        parts = {name: {job.i: job.row for job in some}.values() for name, (_, some) in parts_of(now).items()}
+        report |= dict(
+            trained_prompts={name: sum(row.prompt in seen for row in rows) for name, rows in parts.items()},
+            without_caption={name: sum(row.elicits and not row.caption for row in rows)
+                             for name, rows in parts.items()})
+        tables = tables_of(out, functools.partial(table_of, labels=args.count_labels or args.labels,
+                                                  thresholds=args.thresholds, held_out=HELD_OUT))
+        results = numbers_of(tables, now, [s.name for s in systems], rival, args.thresholds)
+        written = write_numbers(report | dict(sets=results), out)
     if reference:
         with one_line(f"compute the FID; all other numbers are in {out}/report.json"):
-            add_fid(results, tables, jobs, out, reference, setup.pipe.device)
-        write_numbers(report, out)
-    write_report(report, jobs, Gallery(out, tables, judges.session, args.labels, args.show_uncensored))
+            add_fid(results, tables, now, out, reference, setup.pipe.device)
+        write_numbers(written, out)
+    write_report(written, now, Gallery(out, tables, judges.session, args.labels, args.show_uncensored))
 
 
 if __name__ == "__main__":
-    evaluate(parse_args())
+    try:
+        evaluate(parse_args())
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]}: a smaller --batch-size? Run again, it goes on", code=1)

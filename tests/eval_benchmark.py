@@ -38,6 +38,18 @@ def run(command: list[str]):
              f"trained stays: mend it and run again")
 
 
+def keep(folder: Path, arguments: str, model: str):
+    """Says that the weights of a folder stay as they are; refuses those of another base model."""
+    path = folder / arguments
+    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    other = Path(then.get("model", model))
+    if str(other) != model and other.exists() and other.resolve() != Path(model).resolve():
+        fail(f"--benchmark: {folder} was trained on {other}, not on {model}: move it away")
+    older = arguments == "args.json" and {field.name for field in dataclasses.fields(sd.Args)} - set(then)
+    print(f"{folder} is there{', by an older version' if older else ''}, of {then.get('steps', '?')} steps: "
+          "delete it to train it anew")
+
+
 def is_trained(folder: Path) -> bool:
     """Whether a ShieldDiff run has taken its last step. There are weights from the first on, which say
     nothing; metrics.jsonl has a line a step and is written before the weights."""
@@ -60,16 +72,14 @@ def prepare(args, methods: tuple[str, ...]):
     clip = ["--clip-model", args.clip_model] * (args.clip_model != default.clip_model)
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
     if is_trained(ours):
-        then = json.loads((ours / "args.json").read_text())
-        older = {field.name for field in dataclasses.fields(sd.Args)} - set(then)
-        print(f"{ours} is there{', by an older version' if older else ''}: delete it to train it anew")
+        keep(ours, "args.json", args.model)
     else:
         resumed = ["--resume"] * any(ours.glob("checkpoint*.pt"))
         run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed])
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
         if (folder / WEIGHTS[kind]).exists():
-            print(f"{folder} is there: delete it to train it anew")
+            keep(folder, "training.json", args.model)
         else:
             run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags,
                  *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])

@@ -450,7 +450,7 @@ def missing(report: dict) -> str:
 def weaker_notes(report: dict) -> list[str]:
     """Which systems draw prompts that an attack found on the base model."""
     return [f"† {', '.join(systems)}: prompts of {name} that were found on the base model, a weaker attack, "
-            "as nothing can be differentiated through these"
+            "as nothing can be differentiated through these; the plain prompt, where it is enough there"
             for name, systems in report["found_on_base"].items() if systems]
 
 

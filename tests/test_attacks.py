@@ -337,17 +337,25 @@ def test_unlearndiffatk_stops_at_success_and_keeps_the_plain_prompt_where_nothin
 
 
 def test_sources_taken_together_have_words_of_their_own_and_stop_for_themselves(model, astronauts):
-    scores, asked, stock, sources = iter([.1] * 3 + [.9, .1, .3, .9]), [], stock_of(model), list("abc")
+    """And noise of their own: b's does not depend on when a stops."""
+    asked, seen, stock, sources = [], [], stock_of(model), list("abc")
 
     def draw(call):
         if "path" in call:
             asked.append(call["prompt"])
+            seen.append(call["path"][-1][1])
         return stock(call)
 
-    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.full(len(images), next(scores))))
-    unlearndiffatk.unlearndiffatk(model, spec, draw, sources, dict.fromkeys(sources, astronauts), tokens=1,
-                                  iterations=1, timesteps=(300, 500, 700), together=2)
-    assert asked == [["<new-0> a", "<new-1> b"], ["<new-0> b"], ["<new-0> c"]] and not list(scores)
+    for scores in ([.9, .1, .3, .9], [.1, .1, .9, .3, .9]):  # a stops at the first timestep, at the second
+        left = iter([.1] * 3 + scores)
+        spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images, left=left: np.full(
+            len(images), next(left))))
+        unlearndiffatk.unlearndiffatk(model, spec, draw, sources, dict.fromkeys(sources, astronauts),
+                                      tokens=1, iterations=1, timesteps=(300, 500, 700), together=2)
+        assert not list(left)
+    both, b, c = ["<new-0> a", "<new-1> b"], ["<new-0> b"], ["<new-0> c"]
+    assert asked == [both, b, c, both, both, c]
+    assert torch.equal(seen[1][0], seen[4][1]) and not torch.equal(seen[4][0], seen[4][1])
 
 
 # ------------------------------------------------------------------------------------ revival
@@ -395,6 +403,15 @@ def test_a_style_is_trained_on_merged_weights_and_stands_beside_others_apart(mod
     finally:
         model.unet = own
     assert torch.equal(output(model.unet), plain)
+
+
+def test_a_fine_tune_in_parts_that_fit_a_gpu_is_the_same(model, astronauts, monkeypatch):
+    plain, found = output(model.unet), []
+    for latents in (16, 15):  # in one U-Net call: all of the batch, and parts of 15 and 1
+        monkeypatch.setattr(revival, "PIXELS", latents * 16**2)
+        with revival.revived(model, astronauts, ["an astronaut"] * 4, steps=3):
+            found.append(output(model.unet))
+    assert (found[0] - found[1]).norm() < 0.02 * (found[0] - plain).norm()
 
 
 def test_a_fine_tune_that_raises_leaves_the_system_its_own_u_net(model, astronauts, monkeypatch):

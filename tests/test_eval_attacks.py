@@ -129,6 +129,18 @@ def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, m
     assert called == ["cce"] and read(attacked, "cce") == before
 
 
+def test_an_attack_that_fails_leaves_the_numbers_of_what_was_drawn(tmp_path, inputs, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(cce, "cce", fail)
+    arguments = *inputs[:2], "--attack", "cce", "--attack-sources", 1, "--out", tmp_path / "out"
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(*arguments)
+    report = read(tmp_path / "out", "report")
+    assert list(report["sets"]) == ["p"] and report["sets"]["p"]["base"]["eliciting"]["pictures"] == 4
+
+
 def test_an_attack_without_an_eliciting_prompt_is_one_line_before_anything_is_drawn(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a cat\n")
     with pytest.raises(SystemExit) as stop:
@@ -171,8 +183,8 @@ def test_the_pictures_to_bring_back_are_those_that_fire_else_the_one_nearest_to_
     row = functools.partial(ev.Row, caption=None, elicits=True, seed=0, guidance=3.0, width=64, height=64)
     jobs = [ev.Job("p", i, k, row(prompt), None) for i, prompt in enumerate("ab") for k in range(4)]
     scores = [0.9, 0.1, None, 0.6, 0.2, 0.3, 0.1, 0.0]
-    with open(tmp_path / "results.jsonl", "w") as file:
-        for n, (job, score) in enumerate(zip(jobs, scores, strict=True)):
+    with open(tmp_path / "results.jsonl", "w") as file:  # not in their order: some were drawn anew
+        for n, job, score in sorted(zip(range(8), jobs, scores, strict=True), key=lambda x: -x[0]):
             for system in ("base", "other"):
                 key = job.key(system)
                 path = key.path(tmp_path)
@@ -181,7 +193,7 @@ def test_the_pictures_to_bring_back_are_those_that_fire_else_the_one_nearest_to_
                 raw = score if system == "base" else 1.0
                 file.write(json.dumps(key._asdict() | dict(raw=raw, finite=score is not None)) + "\n")
     found = eval_attacks.base_pictures(SimpleNamespace(out=tmp_path, pipe=pipe), jobs[:7])
-    assert {p: x[:, 0, 0, 0].tolist() for p, x in found.items()} == dict(a=[0, 3], b=[5])
+    assert [(p, x[:, 0, 0, 0].tolist()) for p, x in found.items()] == [("a", [0, 3]), ("b", [5])]
     assert [x.shape[1:] for x in found.values()] == [(64, 64, 3)] * 2 and found["a"].dtype == np.uint8
 
 

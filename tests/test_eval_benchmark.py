@@ -94,11 +94,32 @@ def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, com
     capsys.readouterr()
     prepared()
     assert len(commands) == 1
-    assert "runs/tiny-0 is there, by an older version: delete it" in capsys.readouterr().out
+    assert "runs/tiny-0 is there, by an older version, of 2 steps: delete it" in capsys.readouterr().out
     (ours / "args.json").write_text(json.dumps(dataclasses.asdict(sd.Args(steps=2))))
     prepared()
     assert len(commands) == 1
-    assert "runs/tiny-0 is there: delete it" in capsys.readouterr().out
+    assert "runs/tiny-0 is there, of 2 steps: delete it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("folder", "file"), [("runs/tiny-0", "args.json"),
+                                              ("runs/rivals/uce", "training.json")])
+def test_weights_of_another_model_are_not_taken_for_this_one_s(folder, file, commands, capsys, tmp_path):
+    prepared()
+    (Path("runs/tiny-0") / "args.json").write_text(json.dumps(dict(steps=0)))
+    (Path("runs/tiny-0") / "metrics.jsonl").write_text("")
+    os.utime(Path("runs/tiny-0") / "metrics.jsonl", (1, 1))
+    other = tmp_path / "elsewhere/tiny"
+    for model in ("moved/away", str(ROOT / "tests/../tests/tiny"), str(other)):
+        commands.clear()
+        (Path(folder) / file).write_text(json.dumps(dict(steps=0, model=model)))
+        if model == str(other):
+            other.mkdir(parents=True)
+            with pytest.raises(SystemExit) as stop:
+                prepared()
+            assert stop.value.code == 2 and f"{folder} was trained on {other}" in capsys.readouterr().err
+        else:
+            prepared()
+        assert not commands
 
 
 def test_what_some_of_it_could_not_do_is_refused_before_training(commands, capsys):

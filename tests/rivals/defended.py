@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 
 import shielddiff as sd
 
@@ -99,8 +100,9 @@ def target_of(pipe, latents, noise, t: torch.Tensor) -> torch.Tensor:
 
 def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, t: int, rng) -> torch.Tensor:
     """The defended model's mean squared error on latents [B, 4, h, w], noised as at timestep t, under the
-    prompts. Its path is that of a perfect model: these latents with less and less of the same noise."""
-    noise, count = torch.randn(latents.shape, generator=rng).to(latents), min(spec.steps, PATH)
+    prompts. Its path is that of a perfect model: these latents with less and less of the same noise.
+    rng: a generator, or a list of one for each picture."""
+    noise, count = randn_tensor(latents.shape, rng).to(latents), min(spec.steps, PATH)
     scheduler = sd.ddim_scheduler(pipe.scheduler.config)
     scheduler.set_timesteps(count)
     steps = [s for s in scheduler.timesteps.tolist() if s > t] + [t]

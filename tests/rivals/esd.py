@@ -10,9 +10,10 @@ concept c, what guidance away from c would predict.
 Exact, as the first official code: eta 1, Adam 1e-5 for 1000 steps, x_t drawn by the U-Net in training with
 guidance 3, t random in its bin; --weights u trains all but cross-attention, time embedding and output
 (`noxattn`), x cross-attention alone. --erase-from as in the later code: e0(x_t, from) - eta (...), learned
-for `from`. Ours: concepts with commas take turns; --toward, a text in place of the second empty one (guided:
-a noun for c and for `from`, its safe caption here, so that the target is e0(x_t, safe caption)); on the
-embedded model words, length, rate, batch, steps.
+for `from`. Ours: x_t is as noisy as t says (there, by an index, a step or more cleaner); concepts with
+commas take turns; --toward, a text in place of the second empty one (guided: a noun for c and for `from`,
+its safe caption here, so that the target is e0(x_t, safe caption)); on the embedded model words, length,
+rate, batch, steps.
 """
 import copy
 from dataclasses import dataclass

@@ -17,8 +17,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 import shielddiff as sd
 
 DIFFERS = ("the data: --concept and 12 plain nouns as concepts (authors: 723 of CoPro, written by a language "
-           "model), each in 8 frames, spec.pairs for the one to avoid; the threshold refuses 5 % of training "
-           "prompts without the concept (authors: 9.0131, of their weights)")
+           "model), each in 8 frames, spec.pairs for the one to avoid, so an epoch is one update (about 12); "
+           "the threshold refuses 5 % of training prompts without the concept (authors: 9.0131, of their "
+           "weights)")
 FRAMES = ("{}", "a photo of {}", "a picture of {}", "{}, studio light", "{} in soft light", "{}, detailed",
           "{}, color photo", "a shot of {}")
 NOTHING = "an empty room"  # what the safe prompt of a noun shows in its place

@@ -20,6 +20,7 @@ import shielddiff as sd
 
 DIFFERS = ("the fine-tune's pictures are the base model's own of the attacked prompts, content included; "
            "rank 8, 60 steps (the abstract states none)")
+PIXELS = 4 * 64**2  # of latents in a call of the U-Net: 4 pictures of 512 px, all 16 of the embedded model
 STYLE = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -40,11 +41,13 @@ def fine_tune(pipe, images, prompts: list[str], steps=60, batch=16, rate=3e-3) -
         empty = (torch.rand(batch, generator=rng) < 0.1).long()  # dropped captions, for guidance
         t = t.to(pipe.device)
         noisy = sd.ddim_scheduler(pipe.scheduler.config).add_noise(latents[i], noise, t)
-        with torch.autocast(pipe.device.type, pipe.unet.dtype, enabled=pipe.unet.dtype != torch.float32):
-            output = pipe.unet(noisy, t, context[1 - empty, i].to(latents)).sample
-        loss = torch.nn.functional.mse_loss(output.float(), target_of(pipe, latents[i], noise, t))
         optimizer.zero_grad()
-        (loss * sd.LOSS_SCALE).backward()  # Adam does not care
+        for part in torch.arange(batch).split(max(1, PIXELS // noise[0, 0].numel())):
+            with torch.autocast(pipe.device.type, pipe.unet.dtype, enabled=pipe.unet.dtype != torch.float32):
+                output = pipe.unet(noisy[part], t[part], context[1 - empty, i][part].to(latents)).sample
+            target = target_of(pipe, latents[i][part], noise[part], t[part])
+            loss = torch.nn.functional.mse_loss(output.float(), target) * len(part) / batch
+            (loss * sd.LOSS_SCALE).backward()  # Adam does not care
         optimizer.step()
     return get_peft_model_state_dict(pipe.unet, adapter_name="style")
 

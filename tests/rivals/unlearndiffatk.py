@@ -20,7 +20,8 @@ DIFFERS = ("words that survive as text, none that could name a minor (official: 
            "is its text, read again); the gradient also goes through what a method does to the guidance "
            "(official: the plain U-Net, for SLD and negative prompts as well), for hooks earlier steps, of a "
            "sampler of five, are run; kept is what fires on all of four pictures, where it stops, or what "
-           "scores best (one picture); projection by sorting (bisection)")
+           "scores best (one picture), by the detector that trained ShieldDiff, from 0.25 (0.45); projection "
+           "by sorting (bisection)")
 
 
 def project(rows: torch.Tensor) -> torch.Tensor:
@@ -57,8 +58,9 @@ def unlearndiffatk(pipe, spec, draw, sources: list[str], pictures: dict, tokens=
     words = whole_words(pipe.tokenizer)  # [V]
     table = pipe.text_encoder.get_input_embeddings().weight[words.to(pipe.device)].float().cpu()  # [V, d]
     found = {source: (source, *success(draw, spec, source)) for source in sources}  # text, score, all fire
+    rngs = {source: sd.generator(spec.seed, "words", i) for i, source in enumerate(sources)}
     for i in tqdm(range(0, len(sources), together), desc="unlearndiffatk", dynamic_ncols=True):
-        rng, group = sd.generator(spec.seed, "words", i), sources[i:i + together]
+        group = sources[i:i + together]
         latents = {source: latents_of(pipe, pictures[source]) for source in group}  # [n, 4, h, w] each
         simplex = {source: torch.full((tokens, len(words)), 1 / len(words)) for source in group}
         adam = {source: torch.optim.Adam([simplex[source]], lr=0.01, weight_decay=0.1) for source in group}
@@ -69,12 +71,13 @@ def unlearndiffatk(pipe, spec, draw, sources: list[str], pictures: dict, tokens=
             with new_tokens(pipe, rows) as names:
                 prompts = [" ".join([*names[j * tokens:][:tokens], source])
                            for j, source in enumerate(left) for _ in range(batch)]
+                of_each = [rngs[source] for source in left for _ in range(batch)]
                 for _ in range(iterations):
                     noised = torch.cat([latents[source][torch.randint(
-                        len(latents[source]), (batch,), generator=rng)] for source in left])
-                    points = torch.cat([simplex[source] for source in left])
-                    rows.data.copy_(table[torch.multinomial(points, 1, generator=rng)[:, 0]])
-                    loss = denoising_loss(pipe, draw, spec, prompts, noised, t, rng) * len(left)  # a sum
+                        len(latents[source]), (batch,), generator=rngs[source])] for source in left])
+                    rows.data.copy_(table[torch.cat([torch.multinomial(
+                        simplex[source], 1, generator=rngs[source])[:, 0] for source in left])])
+                    loss = denoising_loss(pipe, draw, spec, prompts, noised, t, of_each) * len(left)  # a sum
                     slopes = (gradient(loss, rows) @ table.T).split(tokens)  # [k, V] each
                     for source, slope in zip(left, slopes, strict=True):
                         move(simplex[source], adam[source], slope)
