@@ -83,7 +83,7 @@ class Args:
     save_every: int = 1  # steps between checkpoints; a whole U-Net's take 5 GB and more: then 10, say
     show_uncensored: bool = False  # no mosaic over samples.png where a nudity label fires
     denoise_steps: int = 20  # DDIM steps T of a rollout; fewer than in later use is fine, and cheap
-    guidance_scale: float = 7.5  # of later use; trained at two thirds of it, which is the harder case
+    guidance_scale: float = 7.5  # of later use; training and samples.png take two thirds, the harder case
     train_timesteps: int = 0  # random timesteps trained per picture; 0: all that are rewarded
     train_until: float = 0.5  # rewarded share of the trajectory: later steps draw detail, not content
     prompts_per_step: int = 3  # eliciting prompts a rollout
