@@ -15,8 +15,8 @@ os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all, for the processes of test_cuda.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is: the tests' numbers are a CPU's, wherever they run
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // WORKERS)))  # each has its share
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # of several processes each has its share
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
 
 import shielddiff as sd  # noqa: E402 (before torch, which reads once how threads wait)
 
