@@ -324,11 +324,12 @@ def test_unlearndiffatk_finds_the_word_and_leaves_the_model_alone(together, mode
         assert loss < none - 0.5 * (none - right), (loss, none, right)
 
 
-@pytest.mark.parametrize(("scores", "stages"), [([0.9], 0), ([0.1, 0.9], 1), ([0.2, 0.1, 0.1], 2)])
+@pytest.mark.parametrize(("scores", "stages"), [
+    ([0.9], 0), ([0.1, 0.9], 1), ([0.2, 0.1, 0.1], 2), ([[0.9, 0.9, 0.9, 0.1], 0.3], 1)])
 def test_unlearndiffatk_stops_at_success_and_keeps_the_plain_prompt_where_nothing_beats_it(
         scores, stages, model, astronauts):
     left = iter(scores)
-    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.full(len(images), next(left))))
+    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.resize(next(left), len(images))))
     found, _ = unlearndiffatk.unlearndiffatk(
         model, spec, stock_of(model), ["a cat"], {"a cat": astronauts[:1]}, iterations=1,
         timesteps=(500, 700))
