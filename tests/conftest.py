@@ -26,12 +26,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput  # noqa: E402
 
 
-def pytest_collection_modifyitems(items):
-    """One process for each file, and one for all that looks at the main job, which is to run once."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("run" if "run" in item.fixturenames else item.path.name))
-
-
 def cli(*arguments, script="shielddiff.py", timeout=900):
     """The real command line, as a user types it."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT, text=True,
