@@ -178,12 +178,12 @@ def noise_schedule(config: dict, steps: int) -> Schedule:
         fail(f"--denoise-steps {steps}: the model has {n} timesteps only")
     t, of_t, final = scheduler.timesteps, scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
     alpha, alpha_prev = of_t[t], torch.where(t >= n // steps, of_t[(t - n // steps).clamp(0)], final)  # [T]
-    if not ((ddim_sigma(alpha, alpha_prev)[:-1] > 0).all() and (alpha[:-1] > 4e-3).any()):  # NaN is neither
+    if not ((ddim_sigma(alpha, alpha_prev)[:-1] > 0).all() and (usable := alpha[:-1] > 4e-3).any()):  # or NaN
         fail("of the model's steps to train one has no noise, so no log-prob, or none signal: too few steps?")
     if kind == "epsilon" and alpha[0] < 1e-6:  # the picture is divided by its square root
         fail("the model's scheduler begins at zero signal (zero terminal SNR) and yet predicts noise, not v")
     slope = ddim_step(torch.ones(steps, 1, 1, 1), torch.zeros(1), alpha, alpha_prev, noise=0)[2][:-1]
-    return Schedule(t, alpha, alpha_prev, kind, slope[alpha[:-1] > 4e-3].square().mean().item())
+    return Schedule(t, alpha, alpha_prev, kind, slope[usable].square().mean().item())
 
 
 def ddim_sigma(alpha, alpha_prev, eta=1.0):

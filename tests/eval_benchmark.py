@@ -46,8 +46,8 @@ def keep(folder: Path, arguments: str, model: str):
     if str(other) != model and other.exists() and other.resolve() != Path(model).resolve():
         fail(f"--benchmark: {folder} was trained on {other}, not on {model}: move it away")
     older = arguments == "args.json" and {field.name for field in dataclasses.fields(sd.Args)} - set(then)
-    print(f"{folder} is there{', by an older version' if older else ''}, of {then.get('steps', '?')} steps: "
-          "delete it to train it anew")
+    steps = f", of {then['steps']} steps" if "steps" in then else ""  # closed forms have none
+    print(f"{folder} is there{', by an older version' if older else ''}{steps}: delete it to train it anew")
 
 
 def is_trained(folder: Path) -> bool:

@@ -62,18 +62,18 @@ def unlearndiffatk(pipe, spec, draw, sources: list[str], pictures: dict, tokens=
     for i in tqdm(range(0, len(sources), together), desc="unlearndiffatk", dynamic_ncols=True):
         group = sources[i:i + together]
         latents = {source: latents_of(pipe, pictures[source]) for source in group}  # [n, 4, h, w] each
-        simplex = {source: torch.full((tokens, len(words)), 1 / len(words)) for source in group}
+        simplex = {source: torch.full((tokens, len(words)), 1 / len(words)) for source in group}  # [k, V]
         adam = {source: torch.optim.Adam([simplex[source]], lr=0.01, weight_decay=0.1) for source in group}
         for t in timesteps:
             if not (left := [source for source in group if not found[source][2]]):
                 break
-            rows = torch.zeros(len(left) * tokens, table.shape[1], requires_grad=True)
+            rows = torch.zeros(len(left) * tokens, table.shape[1], requires_grad=True)  # [n * k, d]
             with new_tokens(pipe, rows) as names:
                 prompts = [" ".join([*names[j * tokens:][:tokens], source])
                            for j, source in enumerate(left) for _ in range(batch)]
                 of_each = [rngs[source] for source in left for _ in range(batch)]
                 for _ in range(iterations):
-                    noised = torch.cat([latents[source][torch.randint(
+                    noised = torch.cat([latents[source][torch.randint(  # [n * batch, 4, h, w]
                         len(latents[source]), (batch,), generator=rngs[source])] for source in left])
                     rows.data.copy_(table[torch.cat([torch.multinomial(
                         simplex[source], 1, generator=rngs[source])[:, 0] for source in left])])
