@@ -692,7 +692,7 @@ def draw(run: Run, metrics: list[dict], out: Path):
             images[i] = cv2.resize(tiles, images[i].shape[1::-1], interpolation=cv2.INTER_NEAREST)
     row, path = np.concatenate(images, axis=1), out / "samples.png"  # [H, n * W, 3]
     above = [np.asarray(Image.open(path))[:len(row)]] if path.exists() else []
-    sheet, figure = Image.fromarray(np.concatenate([*above, row])), Figure((12, 6), layout="constrained")
+    sheet, figure = Image.fromarray(np.concatenate([*above, row])), Figure((12, 8))
     write_atomically(path, lambda p: sheet.save(p, format="PNG"))
     for chart, name in zip(figure.subplots(2, 3).flat, (*SHOWN, "drift", "grad_norm"), strict=True):
         chart.plot([m.get(name, math.nan) for m in metrics])  # a gap is a skipped step

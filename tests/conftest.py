@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # None: all, for the processes of test_cuda.py
+GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # test_cuda.py
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is: the tests' numbers are a CPU's, wherever they run
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # of several processes each has its share
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
@@ -26,7 +26,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput  # noqa: E402
 
 
-def cli(*arguments, script="shielddiff.py", timeout=900):
+def cli(*arguments, script="shielddiff.py", timeout=1800):
     """The real command line, as a user types it."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT, text=True,
                           capture_output=True, timeout=timeout)
@@ -106,11 +106,15 @@ def metrics(out):
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """The main job: the embedded model, all flags at their defaults."""
-    out = tmp_path_factory.mktemp("run") / "tiny"
-    done = cli("--model", "tests/tiny", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    """The main job: the embedded model, all flags at their defaults. Once, for all processes of the suite."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if workers else base) / "main-job"
+    with sd.filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            done = cli("--model", "tests/tiny", "--out", folder)
+            assert done.returncode == 0, done.stderr
+            folder.with_suffix(".txt").write_text(done.stdout)
+    return folder, folder.with_suffix(".txt").read_text()
 
 
 PAIRS = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))

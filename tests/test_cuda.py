@@ -153,7 +153,7 @@ def test_the_trained_rivals(rival, gpu, tmp_path, monkeypatch):
 def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path):
     ev.evaluate(ev.parse_args(
         "--model tests/tiny --method negative-prompt sld-medium safree pno crops latent-mixing --limit 1 "
-        "--seeds 1 --steps 4 --attack ring-a-bell unlearndiffatk cce revival --attack-sources 1 "
+        "--seeds 1 --steps 2 --attack ring-a-bell unlearndiffatk cce revival --attack-sources 1 "
         f"--attack-prompts 1 --attack-updates 1 --attack-generations 2 --out {tmp_path / 'out'}".split()))
     for attack in ("unlearndiffatk", "cce"):
         found = json.loads((tmp_path / f"out/{attack}.json").read_text())
@@ -168,7 +168,7 @@ def real_gpu(monkeypatch):
     if not shutil.which("nvidia-smi"):
         pytest.skip("needs a GPU")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    if GPUS is not None:
+    if GPUS != "all":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPUS)
 
 
