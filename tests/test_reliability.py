@@ -136,7 +136,8 @@ def test_a_signal_stops_the_real_process_and_resume_goes_on(number, straight, tm
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "shielddiff.py", *SMALL, "--steps", 3, "--out", out, "--save-every", 1]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                               stdout=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL,  # a shell's background jobs are deaf to Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.01)
     process.send_signal(number)
