@@ -224,7 +224,7 @@ def growth(bench: Bench) -> list[dict]:
     with the pictures but for their trajectories, which wait on the host."""
     tiny = bench.model == "tiny"
     base = tiny_args(prompts_per_step=2, held_per_step=0) if tiny else sd.Args(
-        prompts_per_step=1, held_per_step=0)
+        prompts_per_step=1, held_per_step=0, train_timesteps=2, updates_per_step=2)  # minutes on a large GPU
     variants = {f"{p * 8} pictures": dict(prompts_per_step=p) for p in (2, 4, 8)}
     variants |= {f"{t} denoising steps": dict(denoise_steps=t) for t in (8, 16, 32)}
     variants |= {f"{p} px": dict(pixels=p) for p in ((64, 96, 128) if tiny else (256, 512, 768))}
