@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers is imported: tests do not wait for a network
-GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # test_cuda.py
+# for test_cuda.py; by a name of its own, as the suite's other processes inherit the list emptied below
+GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is: the tests' numbers are a CPU's, wherever they run
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # of several processes each has its share
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
@@ -109,12 +110,13 @@ def run(tmp_path_factory):
     """The main job: the embedded model, all flags at their defaults. Once, for all processes of the suite."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if workers else base) / "main-job"
+    said = folder.with_suffix(".txt")  # there once the job has ended well
     with sd.filelock.FileLock(f"{folder}.lock"):
-        if not folder.exists():
+        if not said.exists():
             done = cli("--model", "tests/tiny", "--out", folder)
             assert done.returncode == 0, done.stderr
-            folder.with_suffix(".txt").write_text(done.stdout)
-    return folder, folder.with_suffix(".txt").read_text()
+            said.write_text(done.stdout)
+    return folder, said.read_text()
 
 
 PAIRS = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
