@@ -222,7 +222,7 @@ def cell(row: dict, names: tuple[str, ...], convert, default, where: str):
 def picked(path: str, args: Args, elicits: bool | None, notes: dict) -> list[tuple]:
     """(index for its seed, row, prompt, safe caption, whether it elicits, cells) of a file's prompts, as far
     as --where picks them. elicits: whether all do; None: as the file says."""
-    with one_line(f"read prompt file {path} as UTF-8"):
+    with one_line(f"read prompt file {path}"):
         found = pt.read_rows(path, args.prompt_column, None if elicits is False else args.caption_column)
     found = [(i, *row) for i, row in enumerate(row for row in found if row[1] or row[-1])]  # no blank lines
     for condition in args.where:
@@ -824,8 +824,8 @@ def evaluate(args: Args):
     pipe = load_model(args, device)
     size, notes = pipe.unet.config.sample_size * pipe.vae_scale_factor, collections.Counter()
     sets, judges = read_sets(args, size, notes), load_judges(args, rival, device)
-    pairs = [p[:2] for p in sd.read_prompts(f"{RIVALS}/pairs_{'faces' if faces else 'nudity'}.txt")]
-    spec = Spec(args.concept, pairs, args.steps, args.guidance_scale, args.seed,
+    pairs = sd.read_prompts(f"{RIVALS}/pairs_{'faces' if faces else 'nudity'}.txt")
+    spec = Spec(args.concept, tuple(p[:2] for p in pairs), args.steps, args.guidance_scale, args.seed,
                 lambda images: sd.nudity_scores(judges.session, images, args.labels).numpy())
 
     for system in systems:  # all of them, before hours of drawing

@@ -23,7 +23,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import sys
@@ -35,9 +34,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait soon leave the cores to others
-# ruff: noqa: E402 (set before the imports: these two warn of packages that are not needed here)
+# ruff: noqa: E402 (set before the imports: transformers warns of packages that are not needed here)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import cv2
 import filelock
@@ -97,13 +95,13 @@ class Args:
     clip_range: float = 1.5  # PPO clip on the true log-ratio of a denoising step, in nats
     kl_weight: float = 2.5  # of the drift of benign prompts, in units of predicted noise; 0 leaves them out
     clip_weight: float = 1.0  # of the standardised CLIP score in the advantage
-    nudity_weight: float = 1.0  # of the standardised nudity score; of these two, only the ratio counts
+    nudity_weight: float = 1.0  # of the standardised nudity score; only these two's ratio is learned from
     clip_model: str = "openai/clip-vit-large-patch14"  # folder or hub id of the reward's CLIPModel
     lora_rank: int = 16  # of the LoRA on the attention projections; 0 trains the whole U-Net
     attention: Literal["sdpa", "xformers"] = "sdpa"  # PyTorch's; xformers is as lean and, on an H100, slower
     gradient_checkpointing: bool = True  # a third more time, several times less memory
     optimizer_8bit: bool = True  # AdamW8bit: saves 5 GB for the whole U-Net, next to nothing for a LoRA
-    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights and U-Net calls; no CUDA: fp32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights, U-Net calls; no CUDA: fp32
 
 
 TINY = dict(  # what is run differs for the embedded model, not how: another concept, 64 px, minutes, no GPU
@@ -380,7 +378,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                 grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
         numbers = torch.cat(seen, dim=1)  # [4, n], of all updates so far
         norm = torch.nn.utils.clip_grad_norm_(params, group["loss_scale"]).cpu() / group["loss_scale"]
-        group["loss_scale"] /= 1 if norm.isfinite() else 16  # fp16's numbers end at 65504
+        group["loss_scale"] /= 16 if numbers.isfinite().all() and not norm.isfinite() else 1  # fp16 alone
         if i and not (numbers.isfinite().all() and norm.isfinite()):
             break  # the updates before it went too far: sized_update brings them back
         finite(numbers, "the loss")
@@ -399,6 +397,7 @@ def update(run: "Run", roll: Rollout) -> dict:
             p.grad.mul_(LOSS_SCALE / group["loss_scale"])
         optimizer.step()
         norms.append(norm)
+    group["loss_scale"] = min(group["loss_scale"] * 2 ** (1 / 16), LOSS_SCALE)  # or noise is left
     return first | dict(drift=drifts[held == 1].mean().item(), grad_norm=torch.tensor(norms).mean().item(),
                         clip_fraction=((ratios[held == 0] - 1).abs() > clip_range).float().mean().item())
 
@@ -519,15 +518,15 @@ def policy_gradient_step(run: Run, step: int) -> dict:
 # ------------------------------------------------------------------------------------ 6. the run
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
-    zero = "left_out guidance_scale lora_rank held_per_step train_timesteps seed".split()
+    zero = "left_out guidance_scale lora_rank held_per_step train_timesteps seed kl_weight".split()
+    zero += ["clip_weight", "nudity_weight"] * bool(args.clip_weight + args.nudity_weight)  # not both
     for name, value in vars(args).items():
-        lowest = 0 if name in zero or "_weight" in name else 2 if name == "group_size" else 1e-12  # NaN fails
+        lowest = 0 if name in zero else 2 if name == "group_size" else 1e-12  # NaN fails
         highest = 1 if name == "left_out" else 2**63 - 1
         if value == () or type(value) in (int, float) and not lowest <= value <= highest:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if not args.updates_per_step <= (args.train_timesteps or trainable(args)) <= trainable(args):
-        fail(f"--train-timesteps must be at least --updates-per-step, which share them, and at most "
-             f"{trainable(args)}, what --denoise-steps and --train-until leave")
+        fail(f"--train-timesteps must be from --updates-per-step, which share them, to {trainable(args)}")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
@@ -539,7 +538,7 @@ def read_prompts(path: str, *columns: str | None) -> list[tuple[str, str, bool]]
     try:
         rows = [row for row in read_rows(path, *columns) if row[1]]
     except (OSError, ValueError) as error:
-        fail(f"cannot read prompt file {path} as UTF-8: {error}")
+        fail(f"cannot read prompt file {path}: {error}")
     if bare := [i for i, _, caption, elicits, _ in rows if elicits and not caption]:
         fail(f"prompt file {path}, row {bare[0]} has no safe caption to train on: see --caption-column")
     if not any(elicits for *_, elicits, _ in rows):
@@ -583,8 +582,9 @@ def load_pipeline(model: str, dtype=torch.float32, device="cpu", unet_dtype=None
             vae=load_whole(AutoencoderKL, model, "vae", dtype=dtype),
             text_encoder=load_whole(CLIPTextModel, model, "text_encoder", dtype=dtype),
             safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False)
-        if pipe.unet.config.in_channels != 4:
-            raise ValueError(f"its U-Net takes {pipe.unet.config.in_channels} channels, not 4")
+        takes = pipe.unet.config.in_channels, pipe.unet.config.cross_attention_dim
+        if takes != (gets := (4, pipe.text_encoder.config.hidden_size)):
+            raise ValueError(f"its U-Net takes channels and texts of width {takes}, and would get {gets}")
         if len(pipe.tokenizer) < pipe.text_encoder.config.vocab_size:  # an empty one replaces a missing one
             raise ValueError("its tokenizer knows fewer words than its text encoder: a file is missing")
         if type(size := pipe.unet.config.sample_size) is not int:
@@ -622,15 +622,15 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # it rounds as fp16 does
     torch.backends.cudnn.enabled = args.precision != "fp32"  # see exact_means; it is no slower without
     pipe = load_pipeline(args.model, dtype, device, unet_dtype=dtype if args.lora_rank else torch.float32)
+    unet, schedule = pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps)
     clip, processor = load_clip(args.clip_model, device)
-    settings["weights"] = [hashlib.sha256(safetensors.torch.save(part.state_dict())).hexdigest()
-                           for part in (pipe.unet, pipe.vae, pipe.text_encoder, clip)]  # wherever they lie
+    settings["weights"] = [hashlib.sha256(safetensors.torch.save(m.state_dict())).hexdigest() for m in (
+        unet, pipe.vae, pipe.text_encoder, clip)] + [str(schedule[:4])]  # not paths: a folder may move
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
-    parts = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # all at once: GBs
-    context = torch.cat([encode_prompts(pipe, prompts) for prompts, *_ in parts], dim=1)  # [2, N, 77, d]
-    captions = torch.cat([caption_features(clip, processor, texts) for _, texts, _ in parts]).cpu()  # [N, d]
-    unet, schedule = pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps)
+    some = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # all at once: GBs
+    context = torch.cat([encode_prompts(pipe, prompts) for prompts, *_ in some], dim=1)  # [2, N, 77, d]
+    captions = torch.cat([caption_features(clip, processor, texts) for _, texts, _ in some]).cpu()  # [N, d]
     if args.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()  # tries it first
@@ -763,15 +763,15 @@ def train(args: Args):
     """The whole run, or what is left of it."""
     check(args)
     pairs, out = read_prompts(args.prompts, args.prompt_column, args.caption_column), Path(args.out)
-    settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 3}  # 3: nothing goes on in other units
-    state, device = open_run(args, settings, out), "cuda" if torch.cuda.is_available() else "cpu"
+    settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 4}  # 4: nothing goes on in other units
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     why = "given" if "--model" in str(sys.argv) else f"the default on {device}"
-    print(f"model {args.model} ({why}), suppressing {', '.join(args.labels)}: "
-          f"{sum(e for *_, e in pairs)} eliciting prompts, {sum(not e for *_, e in pairs)} benign")
+    print(f"model {args.model} ({why}), suppressing {', '.join(args.labels)}: {sum(e for *_, e in pairs)} "
+          f"eliciting prompts, {sum(not e for *_, e in pairs) or 'no'} benign ones to hold")
     try:
-        run = set_up(args, settings, device)
-        if state and state["settings"].get("weights") != settings["weights"]:  # not paths: a folder may move
-            fail("--resume with another --model or --clip-model than the run was started with")
+        state, run = open_run(args, settings, out), set_up(args, settings, device)
+        if state and state["settings"].get("weights") != settings["weights"]:
+            fail("--resume with another --model, --clip-model or device than the run was started with")
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):
             if state:
@@ -780,7 +780,7 @@ def train(args: Args):
                 for path in state["damaged"]:
                     path.replace(path.with_suffix(".damaged"))  # or it would push out the good one
             metrics, state = state["metrics"] if state else [], None
-            save(run, metrics, out)  # shows that the disk can hold it, and is what to go back to
+            save(run, metrics, out)  # early, should the disk be full; and what to go back to
             write_atomically(out / "args.json", lambda p: p.write_text(json.dumps(settings, indent=2)))
             if not metrics:
                 draw(run, metrics, out)
@@ -791,8 +791,8 @@ def train(args: Args):
     except KeyboardInterrupt:  # at whatever byte, as SIGTERM and kill -9
         fail("stopped; where a checkpoint is saved, the same command with --resume goes on", code=130)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
-        fail(f"{str(error).splitlines()[0]}: try --precision bf16 or, for memory, a LoRA or --micro-batch "
-             f"{max(args.micro_batch // 2, 1)} (with --resume, where a checkpoint is saved)", code=1)
+        fail(f"{str(error).splitlines()[0]}: try --precision bf16 or a LoRA, in another --out, or for memory "
+             f"--resume --micro-batch {max(args.micro_batch // 2, 1)}, where a checkpoint is saved", code=1)
     print(f"done: {out} holds {', '.join(sorted(p.name for p in out.iterdir() if p.name[0] != '.'))}")
 
 

@@ -103,7 +103,8 @@ def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list)
 def base_pictures(setup, jobs: list, least=sd.FIRES) -> dict[str, np.ndarray]:
     """{prompt: uint8 [n, H, W, 3]} of the jobs' prompts, drawn before: the base model's pictures which
     training's score puts above `least`, else the one highest, all of the model's own size."""
-    drawn, found = {key: record for key, record, _ in lines_of(setup.out / "results.jsonl")}, {}
+    wanted, found = {job.key("base") for job in jobs}, {}
+    drawn = {key: record for key, record, _ in lines_of(setup.out / "results.jsonl") if key in wanted}
     for job in jobs:  # in their order, also where a picture had to be drawn again
         record = drawn.get(key := job.key("base"))
         if record and record["finite"]:

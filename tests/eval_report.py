@@ -177,10 +177,13 @@ def seconds_to_train(kind: str, path: str) -> float | None:
         return None
     folder = Path(path).parents[kind == "unet"]  # a whole U-Net lies in a folder of the run's
     facts, metrics = folder / "training.json", folder / "metrics.jsonl"
-    if facts.is_file():
-        return json.loads(facts.read_text()).get("seconds")
-    lines = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else []
-    return sum(v for line in lines for k, v in line.items() if k.startswith("seconds_")) or None
+    try:
+        if facts.is_file():
+            return json.loads(facts.read_text())["seconds"]
+        lines = map(json.loads, metrics.read_text().splitlines()) if metrics.is_file() else []
+        return sum(v for line in lines for k, v in line.items() if k.startswith("seconds_")) or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another program's files
+        return None
 
 
 def overview(report: dict, seconds: dict[str, float]) -> tuple[list[str], list[list[str]]]:

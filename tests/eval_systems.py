@@ -85,19 +85,29 @@ def fingerprint(kind: str, file: str) -> dict:
 
 # ------------------------------------------------------------------------------------ their training
 def training_of(systems: list, model: str) -> list[dict]:
-    """The arguments of training where a run left them beside its weights; and training's defaults, which are
-    assumed of the others. Other programs' args.json are none."""
+    """The arguments of training of systems that are weights, where a run of ours or of a rival left them
+    beside these, else training's defaults. Other programs' args.json are none."""
     default = sd.TINY if Path(model).resolve() == sd.HERE / "tests/tiny" else vars(sd.Args())
-    above, found = dict(lora=1, unet=2), [default]  # a whole U-Net lies in a folder of the run's
-    folders = [folder for s in systems if s.kind in above for folder in Path(s.path).parents[:above[s.kind]]]
-    for file in [folder / "args.json" for folder in folders if (folder / "args.json").is_file()]:
-        try:
-            left = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            fail(f"cannot read {file}, which lies beside the weights: {error}")
-        if isinstance(left, dict) and isinstance(left.get("prompts"), list) and "clip_model" in left:
-            found.append(left)
+    above, found = dict(lora=1, unet=2), []  # a whole U-Net lies in a folder of the run's
+    for s in [s for s in systems if s.kind in STEMS]:
+        folders = Path(s.path).parents[:above.get(s.kind, 0)]
+        files = [folder / name for folder in folders for name in ("args.json", "training.json")]
+        left = [notes_of(file) for file in files if file.is_file()]
+        found += [notes for notes in left if notes is not None] or [default]
     return found
+
+
+def notes_of(file: Path) -> dict | None:
+    """The arguments in a run's args.json or a rival's training.json; None where it is another program's."""
+    try:
+        left = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"cannot read {file}, which lies beside the weights: {error}")
+    if not isinstance(left, dict):
+        return None
+    prompts = left.get("prompts", "")  # a rival's are a file's path, and some need none
+    rival = file.name == "training.json" and "seconds" in left and isinstance(prompts, str)
+    return left if rival or isinstance(prompts, list) and isinstance(left.get("clip_model"), str) else None
 
 
 def trained_prompts(training: list[dict]) -> set[str]:

@@ -38,7 +38,7 @@ def json_rows(text: str) -> Iterable:
         return found if isinstance(found, list) else [found]
     cells = {column(name): list(c.values()) if isinstance(c, dict) else c for name, c in found.items()}
     prompt = find_column(PROMPT_COLUMNS[:-4], list(cells))
-    if prompt and isinstance(cells[prompt], list):  # columns, as pandas writes them
+    if prompt and all(isinstance(c, list) for c in cells.values()) and len(cells) == len(found):  # columns
         return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
     lists = [c for c in found.values() if isinstance(c, list) and c and isinstance(c[0], str | dict)]
     if len(lists) > 1:  # COCO: of images, licenses and annotations the last have captions
@@ -77,7 +77,10 @@ def read_rows(path: str, *columns: str | None) -> list[tuple[int, str, str, bool
     """[(row from 1, prompt, safe caption, whether it elicits, {column: cell})] of a prompt file; "" is none.
     Of a text, lines with ' => ' elicit; of a table all rows do. columns: as in parse. Raises OSError, and
     ValueError for what would be read wrong."""
-    text, rows = Path(path).read_text(encoding="utf-8-sig"), []
+    try:
+        text, rows = Path(path).read_text(encoding="utf-8-sig"), []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error}") from None
     lines = ["" if line.lstrip()[:1] == "#" else line for line in text.split("\n")]  # no splitlines()
     for i, row in enumerate(parse(text, Path(path).suffix.lower(), lines, *columns), 1):
         if isinstance(row, str):

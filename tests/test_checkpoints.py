@@ -218,7 +218,7 @@ def test_eval_finds_the_lora_of_a_run_and_takes_the_kohya_file_by_name(lora, pip
 
 # ------------------------------------------------------------------------------------ a folder that moved
 def test_a_run_goes_on_with_the_same_weights_wherever_they_lie_and_with_no_others(lora, tmp_path, capsys):
-    """Weights that differ in one number are others: of the U-Net, of CLIP."""
+    """Weights that differ in one number are others: of the U-Net, of CLIP. So is another noise schedule."""
     shutil.copytree(lora, tmp_path / "run")
     moved = shutil.copytree(TINY, tmp_path / "moved")
     arguments = (*SMALL[2:], "--learning-rate", 0.05, "--out", tmp_path / "run", "--resume", "--model", moved,
@@ -231,8 +231,11 @@ def test_a_run_goes_on_with_the_same_weights_wherever_they_lie_and_with_no_other
         tensors[sorted(tensors)[-1]].view(-1)[-1] += 0.5
         save_file(tensors, moved / file, metadata={"format": "pt"})
         line = refused(capsys, train, *arguments, "--steps", 4)
-        assert "--resume with another --model or --clip-model" in line
+        assert "--resume with another --model, --clip-model or device" in line
         (moved / file).write_bytes(whole)
+    schedule = moved / "scheduler/scheduler_config.json"  # sigma and with it every log-prob
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | dict(beta_end=0.02)))
+    assert "--resume with another --model" in refused(capsys, train, *arguments, "--steps", 4)
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
 
 

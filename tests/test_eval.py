@@ -171,7 +171,7 @@ def test_safe_latent_diffusion_equals_diffusers_own(preset):
 
 
 def spec_of(kind="faces", **changes):
-    pairs = [p[:2] for p in sd.read_prompts(f"tests/rivals/pairs_{kind}.txt")]
+    pairs = tuple(p[:2] for p in sd.read_prompts(f"tests/rivals/pairs_{kind}.txt"))
     return ev.Spec("a face", pairs, 2, 3.0, 1, len)._replace(**changes)
 
 
@@ -226,24 +226,30 @@ def test_the_prompts_of_the_evaluation_are_others_than_training_s():
 
 
 def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(tmp_path):
-    """A run's args.json beside its LoRA, or above its U-Net's folder; training's default for the others."""
+    """A run's args.json beside its LoRA, or above its U-Net's folder, a rival's training.json; training's
+    default for other weights. Where there are none, nothing was trained."""
     (tmp_path / "a/unet").mkdir(parents=True)
     args = dict(prompts=[["a grey house", "a grey house", False]], clip_model="other")
     (tmp_path / "a/args.json").write_text(json.dumps(args))
     systems = [ev.System("u", "unet", str(tmp_path / "a/unet/weights"), None),
-               ev.System("m", "sld", "x.py", None)]
+               ev.System("m", "sld", "x.py", None), ev.System("w", "lora", str(tmp_path / "b/weights"), None)]
     training = eval_systems.training_of(systems, "tests/tiny")
-    assert [t["clip_model"] for t in training] == [sd.TINY["clip_model"], "other"]
+    assert [t["clip_model"] for t in training] == ["other", sd.TINY["clip_model"]]
     seen = eval_systems.trained_prompts(training)
     assert {"a grey house", "an astronaut"} < seen and "a ginger kitten, close-up" not in seen
     assert eval_systems.trained_prompts([{}, dict(prompts="gone.txt")]) == set()
     lora = [ev.System("l", "lora", str(tmp_path / "a/pytorch_lora_weights.safetensors"), None)]
     assert "a grey house" in eval_systems.trained_prompts(eval_systems.training_of(lora, ev.Args.model))
-    default = eval_systems.trained_prompts(eval_systems.training_of([], ev.Args.model))
+    assert eval_systems.training_of(systems[1:2], ev.Args.model) == []
+    default = eval_systems.trained_prompts(eval_systems.training_of(systems[2:], ev.Args.model))
     assert "a nude woman doing yoga in a white room" in default
     for foreign in ({"prompts": None}, [1], {"prompts": "README.md"}, {"clip_model": "x"}):
         (tmp_path / "a/args.json").write_text(json.dumps(foreign))
         assert eval_systems.training_of(lora, ev.Args.model) == [vars(sd.Args())]
+    (tmp_path / "a/args.json").unlink()
+    for notes, known in (dict(prompts="p.txt", seconds=1.5), 1), (dict(seconds=0.1), 1), ([1], 0), ({}, 0):
+        (tmp_path / "a/training.json").write_text(json.dumps(notes))
+        assert eval_systems.training_of(lora, ev.Args.model) == [notes if known else vars(sd.Args())]
     (tmp_path / "a/args.json").write_text("{")
     with pytest.raises(SystemExit):
         eval_systems.training_of(lora, ev.Args.model)

@@ -90,6 +90,8 @@ def test_training_reads_what_the_evaluation_reads(tmp_path):
     ("a.json", '[{"prompt": "a"},', ["line 1"]), ("a.json", '{"a": 1}', ["no prompt column"]),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', ["row 2"]),
     ("a.json", '[{"prompt": "a", "Prompt": "b"}]', ["called alike"]),
+    ("a.json", '{"prompt": ["a"], "n": 5}', ["row 1", "is not a text"]),
+    ("a.json", '{"prompt": ["a"], "Prompt": ["b"]}', ["called alike"]),
     ("a.json", "[" * 99999, ["row 1"]), ("a.csv", gzip.compress(b"prompt\na\n", mtime=0), ["UTF-8"]),
     ("a.csv", "prompt\na\n".encode("utf-16"), ["UTF-8"]), ("folder.csv", None, ["folder.csv"]),
     ("a.txt", "a nude=>a person\n", ["row 1", "'=>' needs a space"]),

@@ -277,7 +277,7 @@ def test_fp16_s_overflow_lowers_the_loss_scale_until_a_step_is_made(tmp_path, mo
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflows)
     train(*SMALL, "--steps", 4, "--out", tmp_path / "run")
-    assert scales == [2.0**16, 2.0**12, *[2.0**8] * 4]
+    assert scales == [2.0**16, 2.0**12, *[2.0**8] * 2, *[2.0**(8 + 1 / 16)] * 2]  # it comes back slowly
     skipped = [m.get("skipped") for m in metrics(tmp_path / "run")]
     assert skipped == ["the gradient is not finite"] * 2 + [None] * 2
 
@@ -316,7 +316,7 @@ def test_too_little_memory_is_one_line_that_says_how_to_go_on_with_the_same_resu
     with pytest.raises(SystemExit) as stop:
         train(*SMALL, "--steps", 2, "--out", tmp_path / "two", "--micro-batch", 2)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and "out of memory" in said and "--micro-batch 1 (with --resume" in said
+    assert stop.value.code == 1 and "out of memory" in said and "--resume --micro-batch 1" in said
     train(*SMALL, "--steps", 2, "--out", tmp_path / "two", "--resume", "--micro-batch", 1)
     assert_same(final(tmp_path / "one"), final(tmp_path / "two"))
 
@@ -368,6 +368,12 @@ def weights(file, change):
     return rewrite
 
 
+def other_texts(folder):
+    """As of another Stable Diffusion."""
+    config = sd.CLIPTextModel.config_class.from_pretrained(folder / "text_encoder", hidden_size=64)
+    sd.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+
 def as_pickle(folder):
     file = folder / "unet/diffusion_pytorch_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
@@ -385,7 +391,7 @@ UNET, CLIP = "unet/diffusion_pytorch_model.safetensors", "clip/model.safetensors
     (edit("scheduler/scheduler_config.json", prediction_type="sample"), ["prediction_type"]),
     (weights(UNET, lambda t, k: t[k].fill_(float("nan"))), ["unet", "NaN"]),
     (weights(UNET, lambda t, k: t.pop(k)), ["unet", "lacks weights: conv_in"]),
-    (as_pickle, ["unet", "safetensors"]),
+    (as_pickle, ["unet", "safetensors"]), (other_texts, ["texts of width (4, 96), and would get (4, 64)"]),
     (cut(CLIP), ["CLIPModel"]), (weights(CLIP, lambda t, k: t.pop(k)), ["CLIPModel", "lacks"]),
     (edit("clip/config.json", projection_dim=32), ["CLIPModel"])])
 def test_a_damaged_model_is_refused_and_the_part_named(damage, words, tmp_path, capsys):

@@ -92,6 +92,8 @@ def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_pat
     (["--learning-rate", "-1"], ["--learning-rate"]), (["--learning-rate", "nan"], ["--learning-rate"]),
     (["--kl-weight", "nan"], ["--kl-weight"]), (["--step-nats", "0"], ["--step-nats"]),
     (["--left-out", "1.5"], ["--left-out cannot be 1.5"]),
+    (["--clip-weight", "0", "--nudity-weight", "0"], ["--clip-weight cannot be 0"]),
+    (["--out", "x" * 300], ["cannot write to xxx", "too long"]),
     (["--guidance-scale", "inf"], ["--guidance-scale"]),
     (["--steps", "0"], ["--steps"]), (["--seed", str(2**64)], ["--seed"]),
     (["--denoise-steps", "2000"], ["--denoise-steps 2000", "1000"]),

@@ -7,6 +7,7 @@ Exact: the layer (16 heads of 32, both sides to 128, a learned temperature from 
 shared columns of safe prompts, AdamW 1e-3, 1001 epochs (rt219/LatentGuard@5b13ece). Ours: see DIFFERS. It
 blackens what it refuses after drawing: so the other pictures of a batch are the stock's own bits.
 """
+import functools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def states(pipe, texts) -> torch.Tensor:
     return torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1).float()
 
 
+def names_of(spec) -> list[str]:
+    return [name.strip() for name in spec.concept.split(",")]
+
+
 def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
     """Scores [n, n] of n concepts' unsafe and of their safe prompts with all n concepts -> the loss. A prompt
     has to tell its concept from the others and each safe prompt's best one; a concept its prompt from all."""
@@ -62,10 +67,11 @@ def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
             + cross_entropy(torch.cat([unsafe, safe]).T, label))
 
 
+@functools.lru_cache(maxsize=1)  # an evaluation with attacks switches the method on eight times
 def train(pipe, spec, epochs: int) -> tuple[Similarity, float]:
     """The layer and the score above which 5 % of the training prompts without the concept lie."""
     nouns = Path(__file__).with_name("nouns.txt").read_text().splitlines()
-    names = [spec.concept.split(", "), *([noun] for noun in nouns)]  # [concepts][names]
+    names = [names_of(spec), *([noun] for noun in nouns)]  # [concepts][names]
     pairs = [spec.pairs, *([(noun, NOTHING)] for noun in nouns)]  # [concepts][pairs]
     pairs = [[(f.format(a), f.format(b)) for a, b in some for f in FRAMES] for some in pairs]
     names, unsafe, safe = ([states(pipe, texts) for texts in some] for some in (
@@ -93,7 +99,7 @@ def train(pipe, spec, epochs: int) -> tuple[Similarity, float]:
 def latent_guard(pipe, spec, stock, blacklist=None, epochs=1001):
     """A method (see README.md in this folder). blacklist: other concepts to avoid than those it learned."""
     layer, threshold = train(pipe, spec, epochs)
-    blacklist = spec.concept.split(", ") if blacklist is None else blacklist
+    blacklist = names_of(spec) if blacklist is None else blacklist
     concepts = [states(pipe, [name])[0, 0] for name in blacklist]  # [d] each
 
     def draw(call):

@@ -59,6 +59,14 @@ def distances(pipe, population: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return torch.cat([(embed(pipe, part) - target).square().mean(dim=(1, 2)).cpu() for part in ids.split(64)])
 
 
+def fitness_of(pipe, population: torch.Tensor, target: torch.Tensor, known: dict) -> torch.Tensor:
+    """distances, measured of what is not in `known`, {words: distance}: most children were there before."""
+    rows = [*map(tuple, population.tolist())]
+    if new := [row for row in dict.fromkeys(rows) if row not in known]:
+        known.update(zip(new, distances(pipe, torch.tensor(new), target).tolist(), strict=True))
+    return torch.tensor([known[row] for row in rows])  # [n]
+
+
 def children_of(parents: torch.Tensor, count: int, words: torch.Tensor, rng) -> torch.Tensor:
     """`count` children [count, K] of parents [n, K]: crossover at one point, then at most one random word."""
     k, rows = parents.shape[1], torch.arange(count)
@@ -84,11 +92,11 @@ def ring_a_bell(pipe, spec, sources: list[str], tokens=16, strength=3.0, populat
         rng = sd.generator(spec.seed, "ring-a-bell", i)
         target = embed(pipe, token_ids(pipe, [source]))[0] + strength * concept  # [77, d]
         candidates = words[torch.randint(len(words), (population, tokens), generator=rng)]
-        fitness = distances(pipe, candidates, target)
+        fitness = fitness_of(pipe, candidates, target, known := {})
         for _ in range(generations):
             keep = fitness.argsort()[:population // 2]
             children = children_of(candidates[keep], population - len(keep), words, rng)
             candidates = torch.cat([candidates[keep], children])
-            fitness = torch.cat([fitness[keep], distances(pipe, children, target)])
+            fitness = torch.cat([fitness[keep], fitness_of(pipe, children, target, known)])
         found.append(pipe.tokenizer.decode(candidates[fitness.argmin()]).strip())
     return found

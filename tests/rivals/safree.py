@@ -67,14 +67,17 @@ def filtered(pipe, prompt: str, states: torch.Tensor, concept: torch.Tensor, alp
 @contextmanager
 def safree(pipe, spec, stock, negative=False, guided=False, alpha=0.01):
     """A method (see README.md in this folder): every prompt's filtered states in the first steps."""
-    phrases = [prompt for prompt, _ in spec.pairs] if guided else spec.concept.split(", ")
+    phrases = [prompt for prompt, _ in spec.pairs] if guided else [c.strip() for c in spec.concept.split(",")]
     concept = projector(torch.cat([pooled(pipe, ids_of(pipe, phrase)[None]) for phrase in phrases]))  # [d, d]
 
     def draw(call):
-        states = pipe.encode_prompt(call["prompt"], pipe.device, 1, False)[0]  # [B, 77, d]
+        once = [*dict.fromkeys(call["prompt"])]  # an attack's are the same for many pictures
+        states = pipe.encode_prompt(once, pipe.device, 1, False)[0]  # [n, 77, d]
         safe, last = zip(*(filtered(pipe, prompt, h, concept, alpha)
-                           for prompt, h in zip(call["prompt"], states, strict=True)), strict=True)
-        safe, last = torch.stack(safe), torch.tensor(last, device=pipe.device)  # [B, 77, d], [B]
+                           for prompt, h in zip(once, states, strict=True)), strict=True)
+        rows = [once.index(prompt) for prompt in call["prompt"]]  # [B]
+        states, safe = states[rows], torch.stack(safe)[rows]  # [B, 77, d] each
+        last = torch.tensor(last, device=pipe.device)[rows]  # [B]
 
         def states_at(i, steps):
             return torch.where(((i == 0) | (i <= last * steps / 50))[:, None, None], safe, states)

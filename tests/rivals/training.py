@@ -70,6 +70,10 @@ def start(args: Args):
             sd.fail(f"--{name.replace('_', '-')} cannot be {value}")
     if there := [file for file in WEIGHTS if Path(args.out, file).exists()]:
         sd.fail(f"output folder {args.out} holds {there[0]}: name another with --out")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)  # or hours of training could not be saved
+    except OSError as error:
+        sd.fail(f"cannot write to {args.out}: {error}")
     pipe = sd.load_pipeline(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
     return pipe, time.perf_counter()
