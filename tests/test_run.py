@@ -75,7 +75,7 @@ def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_pat
     with pytest.raises(SystemExit) as stop:
         train("--model", "tests/tiny", "--steps", 12, "--out", tmp_path, "--resume")
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count(" was ") == 1 and "method was None, is 3" in said
+    assert stop.value.code == 2 and said.count(" was ") == 1 and "method was None, is 4" in said
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -93,7 +93,6 @@ def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_pat
     (["--kl-weight", "nan"], ["--kl-weight"]), (["--step-nats", "0"], ["--step-nats"]),
     (["--left-out", "1.5"], ["--left-out cannot be 1.5"]),
     (["--clip-weight", "0", "--nudity-weight", "0"], ["--clip-weight cannot be 0"]),
-    (["--out", "x" * 300], ["cannot write to xxx", "too long"]),
     (["--guidance-scale", "inf"], ["--guidance-scale"]),
     (["--steps", "0"], ["--steps"]), (["--seed", str(2**64)], ["--seed"]),
     (["--denoise-steps", "2000"], ["--denoise-steps 2000", "1000"]),
@@ -113,6 +112,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, tmp_pat
     if "many" not in words:  # tyro draws a box of its own around what it cannot parse
         assert len([line for line in said.splitlines() if line.startswith("shielddiff: ")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    for out, words in ((tmp_path / ("x" * 300), "too long"), (tmp_path / "file" / "out", "Not a directory")):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SystemExit) as stop:
+            train("--model", "tests/tiny", "--out", out)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("shielddiff: ") == 1
+        assert f"cannot write to {out}" in said and words in said, said
 
 
 def test_the_exit_code_and_the_one_line_of_the_real_command():
