@@ -824,8 +824,8 @@ def evaluate(args: Args):
     pipe = load_model(args, device)
     size, notes = pipe.unet.config.sample_size * pipe.vae_scale_factor, collections.Counter()
     sets, judges = read_sets(args, size, notes), load_judges(args, rival, device)
-    pairs = sd.read_prompts(f"{RIVALS}/pairs_{'faces' if faces else 'nudity'}.txt")
-    spec = Spec(args.concept, tuple(p[:2] for p in pairs), args.steps, args.guidance_scale, args.seed,
+    pairs = [p[:2] for p in sd.read_prompts(f"{RIVALS}/pairs_{'faces' if faces else 'nudity'}.txt")]
+    spec = Spec(args.concept, pairs, args.steps, args.guidance_scale, args.seed,
                 lambda images: sd.nudity_scores(judges.session, images, args.labels).numpy())
 
     for system in systems:  # all of them, before hours of drawing

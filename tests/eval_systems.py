@@ -86,7 +86,8 @@ def fingerprint(kind: str, file: str) -> dict:
 # ------------------------------------------------------------------------------------ their training
 def training_of(systems: list, model: str) -> list[dict]:
     """The arguments of training of systems that are weights, where a run of ours or of a rival left them
-    beside these, else training's defaults. Other programs' args.json are none."""
+    beside these, else training's defaults. Other programs' args.json are none. Where nothing was trained it
+    is the CLIP alone by which training would be rewarded."""
     default = sd.TINY if Path(model).resolve() == sd.HERE / "tests/tiny" else vars(sd.Args())
     above, found = dict(lora=1, unet=2), []  # a whole U-Net lies in a folder of the run's
     for s in [s for s in systems if s.kind in STEMS]:
@@ -94,7 +95,7 @@ def training_of(systems: list, model: str) -> list[dict]:
         files = [folder / name for folder in folders for name in ("args.json", "training.json")]
         left = [notes_of(file) for file in files if file.is_file()]
         found += [notes for notes in left if notes is not None] or [default]
-    return found
+    return found or [dict(clip_model=default["clip_model"])]
 
 
 def notes_of(file: Path) -> dict | None:

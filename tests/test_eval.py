@@ -171,7 +171,7 @@ def test_safe_latent_diffusion_equals_diffusers_own(preset):
 
 
 def spec_of(kind="faces", **changes):
-    pairs = tuple(p[:2] for p in sd.read_prompts(f"tests/rivals/pairs_{kind}.txt"))
+    pairs = [p[:2] for p in sd.read_prompts(f"tests/rivals/pairs_{kind}.txt")]
     return ev.Spec("a face", pairs, 2, 3.0, 1, len)._replace(**changes)
 
 
@@ -240,7 +240,8 @@ def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(t
     assert eval_systems.trained_prompts([{}, dict(prompts="gone.txt")]) == set()
     lora = [ev.System("l", "lora", str(tmp_path / "a/pytorch_lora_weights.safetensors"), None)]
     assert "a grey house" in eval_systems.trained_prompts(eval_systems.training_of(lora, ev.Args.model))
-    assert eval_systems.training_of(systems[1:2], ev.Args.model) == []
+    nothing = eval_systems.training_of(systems[1:2], ev.Args.model)  # but a CLIP can be that of training
+    assert nothing == [dict(clip_model=sd.Args.clip_model)] and not eval_systems.trained_prompts(nothing)
     default = eval_systems.trained_prompts(eval_systems.training_of(systems[2:], ev.Args.model))
     assert "a nude woman doing yoga in a white room" in default
     for foreign in ({"prompts": None}, [1], {"prompts": "README.md"}, {"clip_model": "x"}):

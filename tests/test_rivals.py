@@ -16,7 +16,7 @@ MODULES = dict(safree=safree, pno=pno, crops=crops, latent_guard=latent_guard, l
                negative_prompt=negative_prompt)
 NAMES = [name for name, path in ev.METHODS.items() if path.partition(".")[0] in MODULES]
 ASTRONAUTS = ["a NASA astronaut, smiling face", "an image of an astronaut showing her face"]
-PAIRS = tuple(p[:2] for p in sd.read_prompts(str(ROOT / "tests/rivals/pairs_faces.txt")))
+PAIRS = [p[:2] for p in sd.read_prompts(str(ROOT / "tests/rivals/pairs_faces.txt"))]
 
 
 @pytest.fixture(scope="module")

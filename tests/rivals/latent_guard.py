@@ -55,10 +55,6 @@ def states(pipe, texts) -> torch.Tensor:
     return torch.cat([out.pooler_output[:, None], out.last_hidden_state], dim=1).float()
 
 
-def names_of(spec) -> list[str]:
-    return [name.strip() for name in spec.concept.split(",")]
-
-
 def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
     """Scores [n, n] of n concepts' unsafe and of their safe prompts with all n concepts -> the loss. A prompt
     has to tell its concept from the others and each safe prompt's best one; a concept its prompt from all."""
@@ -67,16 +63,24 @@ def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
             + cross_entropy(torch.cat([unsafe, safe]).T, label))
 
 
-@functools.lru_cache(maxsize=1)  # an evaluation with attacks switches the method on eight times
+def names_of(spec) -> tuple[str, ...]:
+    return tuple(name.strip() for name in spec.concept.split(","))
+
+
 def train(pipe, spec, epochs: int) -> tuple[Similarity, float]:
     """The layer and the score above which 5 % of the training prompts without the concept lie."""
+    return trained(pipe, names_of(spec), tuple(map(tuple, spec.pairs)), spec.seed, epochs)
+
+
+@functools.lru_cache(maxsize=1)  # an evaluation with attacks switches the method on eight times
+def trained(pipe, names: tuple, pairs: tuple, seed: int, epochs: int) -> tuple[Similarity, float]:
     nouns = Path(__file__).with_name("nouns.txt").read_text().splitlines()
-    names = [names_of(spec), *([noun] for noun in nouns)]  # [concepts][names]
-    pairs = [spec.pairs, *([(noun, NOTHING)] for noun in nouns)]  # [concepts][pairs]
+    names = [names, *([noun] for noun in nouns)]  # [concepts][names]
+    pairs = [pairs, *([(noun, NOTHING)] for noun in nouns)]  # [concepts][pairs]
     pairs = [[(f.format(a), f.format(b)) for a, b in some for f in FRAMES] for some in pairs]
     names, unsafe, safe = ([states(pipe, texts) for texts in some] for some in (
         names, *([[pair[i] for pair in some] for some in pairs] for i in (0, 1))))  # [concepts][n, 78, d]
-    rng = sd.generator(spec.seed, "latent-guard")
+    rng = sd.generator(seed, "latent-guard")
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(rng.initial_seed())
         layer = Similarity(names[0].shape[-1]).to(pipe.device)

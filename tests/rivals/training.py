@@ -6,7 +6,6 @@ objective, and train(args). The weights go to OUT/unet or, a LoRA, to OUT: at on
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -62,14 +61,15 @@ def run(train, kind: type, tiny: dict, argv=None):
 
 
 def start(args: Args):
-    """The pipeline, frozen, in fp32, with shielddiff's sampler, and the time. Refuses, before it loads, bad
-    numbers and a folder that holds weights."""
+    """The pipeline, frozen, in fp32, with shielddiff's sampler, and the time. Refuses what cannot end."""
     for name, value in vars(args).items():
         lowest = 1 if name in ("batch_size", "denoise_steps", "pictures", "rank") else 0
         if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
             sd.fail(f"--{name.replace('_', '-')} cannot be {value}")
     if there := [file for file in WEIGHTS if Path(args.out, file).exists()]:
         sd.fail(f"output folder {args.out} holds {there[0]}: name another with --out")
+    if hasattr(args, "prompts"):
+        sd.read_prompts(args.prompts)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)  # or hours of training could not be saved
     except OSError as error:
@@ -90,7 +90,7 @@ def steps(args: TrainingArgs, method: str):
         yield step, sd.generator(args.seed, method, step)
 
 
-def descend(optimizer, loss: torch.Tensor, clip=math.inf):
+def descend(optimizer, loss: torch.Tensor, clip=float("inf")):
     """An update, its gradient clipped to a norm. FloatingPointError before a NaN reaches the weights."""
     optimizer.zero_grad()
     loss.backward()
@@ -112,11 +112,9 @@ def save(args: Args, unet, started: float, lora=False):
     (out if lora else out / "unet").mkdir(parents=True, exist_ok=True)
     facts = json.dumps(dataclasses.asdict(args) | {"seconds": time.perf_counter() - started}, indent=2)
     sd.write_atomically(out / "training.json", lambda p: p.write_text(facts))
-    if lora:
-        weights = {f"unet.{k}": v for k, v in get_peft_model_state_dict(unet).items()}
-    else:
-        weights = unet.state_dict()
+    weights = get_peft_model_state_dict(unet) if lora else unet.state_dict()
+    if not lora:
         sd.write_atomically(out / "unet/config.json", unet.to_json_file)
-    tensors = {k: v.contiguous().cpu() for k, v in weights.items()}
+    tensors = {"unet." * lora + k: v.contiguous().cpu() for k, v in weights.items()}
     sd.write_atomically(out / WEIGHTS[lora], lambda p: p.write_bytes(serialise(tensors, {"format": "pt"})))
     print(f"done: {out / WEIGHTS[lora]}")
