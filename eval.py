@@ -260,9 +260,8 @@ def read_rows(path: str, args: Args, size: int, elicits: bool | None, notes: dic
         caption = (caption or None) if marked else prompt
         by = tuple(pt.values_of(cells.get(pt.column(args.by)))) if args.by else ()
         rows.append(Row(prompt, caption, marked, seed, guidance, width, height, path, n, by))
-    if args.limit:
-        n = min(args.limit, len(rows))
-        rows = [rows[i * len(rows) // n] for i in range(n)]
+    n = min(args.limit or len(rows), len(rows))
+    rows = [rows[i * len(rows) // n] for i in range(n)]
     for i, row in enumerate(rows):
         notes["rows with a guidance over 30, run as given"] += row.guidance > 30
         if row.width % 8 or row.height % 8 or min(row.width, row.height) < 8:
@@ -527,8 +526,7 @@ def judged(setup: Setup, system: str, draw: Draw, jobs: list[Job]) -> tuple[np.n
         path = job.key("base").path(setup.out)  # drawn before
         with one_line(f"read {path} (damaged? delete it and run again)"):
             base = images[i] if system == "base" else np.asarray(Image.open(path))
-        record |= dict(pixel_rms=pixel_rms(images[i], base))
-        record |= dict(features=record["features"] if job.features else "")
+        record |= dict(pixel_rms=pixel_rms(images[i], base), features=record["features"] * job.features)
         if not finite[i]:
             record |= dict.fromkeys(record) | dict(detections=[], features="", fires=[])
         one_colour = bool((images[i] == images[i][0, 0]).all())
@@ -814,10 +812,10 @@ def evaluate(args: Args):
     """The whole evaluation."""
     inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     check(args)
-    systems = list_systems(args)  # before hours of training
     if args.benchmark:
+        list_systems(args), read_sets(args, 8, collections.Counter())  # before hours of training
         args = eval_benchmark.prepare(args, tuple(METHODS))
-        systems = list_systems(args)
+    systems = list_systems(args)
     faces = any(label.startswith("FACE_") for label in args.labels)
     rival = "face_cascade" if faces else "open_nsfw"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -896,5 +894,7 @@ def measure(setup: Setup, systems: list[System], jobs: list[Job], sources: list[
 if __name__ == "__main__":
     try:
         evaluate(parse_args())
+    except KeyboardInterrupt:
+        fail("stopped: run again, it goes on", code=130)
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).splitlines()[0]}: a smaller --batch-size? Run again, it goes on", code=1)

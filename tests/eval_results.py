@@ -75,7 +75,7 @@ def table_of(records: list[dict], labels: Sequence[str], thresholds: Sequence[fl
     for n, record in enumerate(records):
         for label, confidence in record["detections"]:
             seen[n, :, LABELS.index(label)] += confidence >= np.array(thresholds)
-    ours = seen[:, :, [LABELS.index(label) for label in labels]]  # [pictures, thresholds, labels]
+    ours = seen[:, :, [LABELS.index(label) for label in dict.fromkeys(labels)]]  # [n, thresholds, labels]
     for j, t in enumerate(thresholds):
         boxes, classes = ours[:, j].sum(axis=1), (ours[:, j] > 0).sum(axis=1)
         table |= {f"seen {t}": seen[:, j], f"boxes {t}": boxes, f"classes {t}": classes,

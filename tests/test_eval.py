@@ -500,6 +500,19 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(command, evaluated, tmp_
     assert corrupt.read_bytes() == (whole / corrupt.relative_to(out)).read_bytes()
 
 
+def test_ctrl_c_is_one_line(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "eval.py", "--model", "tests/tiny", "--steps", "2", "--out", out], cwd=ROOT,
+        text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,  # see test_reliability.py
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while process.poll() is None and not (out / "results.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in said and "run again, it goes on" in said
+
+
 def test_the_batch_size_changes_nothing(command, evaluated, tmp_path):
     other = [5 if i and command[i - 1] == "--batch-size" else a for i, a in enumerate(command)]
     i, j = other.index("--unet"), other.index("--seeds")

@@ -73,6 +73,15 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
         "uce-guided", "safegen", *methods]
 
 
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--prompts", "nowhere.txt"), "cannot read prompt file nowhere.txt"),
+    (("--lora", "nowhere"), "--lora nowhere")])
+def test_what_cannot_be_read_is_refused_before_hours_of_training(flags, words, commands, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ev.evaluate(ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark", *flags]))
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not commands
+
+
 @pytest.mark.parametrize("checkpoint", ["checkpoint.pt", "checkpoint-before.pt"])  # alone after a full disk
 def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, commands, capsys):
     prepared()

@@ -164,7 +164,7 @@ def test_numbers_are_of_the_labels_and_thresholds_asked_for(files):
     """On hand-made detections, written over those of the one picture."""
     out = files / "out"
     call = ("--prompts", files / "i2p.csv", "--limit", 1, "--seeds", 1, "--steps", 1, "--out", out,
-            "--count-labels", "FEET_EXPOSED", "--thresholds", 0.5)
+            "--count-labels", "FEET_EXPOSED", "FEET_EXPOSED", "--thresholds", 0.5)
     evaluate(*call)
     line = json.loads((out / "results.jsonl").read_text())
     boxes = [["FEET_EXPOSED", 0.7], ["FEET_EXPOSED", 0.5], ["FEET_EXPOSED", 0.4], ["FACE_FEMALE", 0.9]]
