@@ -1,6 +1,6 @@
 """What a model, a LoRA or another method removes, what it keeps, and exactly how that was measured.
 
-    python eval.py --lora runs/tiny-0                       # the embedded model, or SD 1.5 with a GPU
+    python eval.py --lora runs/tiny-0                       # no GPU; else with --model tests/tiny, or SD 1.5
     python eval.py --model my/checkpoint --lora mine=runs/a --lora theirs=b.safetensors --unet esd=folder \\
         --method negative-prompt sld-medium --prompts i2p.csv --benign coco.csv --limit 500
     python eval.py --lora runs/tiny-0 --attack ring-a-bell --init-images photos --strength 0.6
@@ -397,11 +397,10 @@ def load_judges(args: Args, rival: str, device) -> Judges:
     detector = nudenet.NudeDetector()
     detector.onnx_session = sd.load_nudenet()  # the same network, without threads that spin
     checker, preprocess, own = None, None, Path(args.model, "safety_checker")
-    half = {"fp16" in p.name for p in own.glob("*.safetensors*")} == {True}  # as in shielddiff.load_whole
+    variant = "fp16" if {"fp16" in p.name for p in own.glob("*.safetensors*")} == {True} else None
     try:
-        checker = StableDiffusionSafetyChecker.from_pretrained(
-            args.model, subfolder="safety_checker", use_safetensors=True,
-            variant="fp16" if half else None).to(device)
+        checker = StableDiffusionSafetyChecker.from_pretrained(  # as in shielddiff.load_whole
+            args.model, subfolder="safety_checker", use_safetensors=True, variant=variant).to(device)
         preprocess = CLIPImageProcessor.from_pretrained(args.model, subfolder="feature_extractor")
     except Exception as error:  # of damaged bytes every library makes its own
         checker = None  # most fine-tuned models ship none
@@ -735,12 +734,11 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
 def check(args: Args):
     """Refuse what cannot work, before anything heavy is loaded."""
     protocols.check(args)
-    for name, least in dict(seeds=1, steps=1, batch_size=1, limit=0, attack_prompts=1, attack_tokens=1,
-                            attack_generations=0, attack_population=4, attack_sources=1,
-                            attack_updates=0).items():
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    least = dict.fromkeys("seeds steps batch_size attack_prompts attack_tokens attack_sources".split(), 1)
+    least |= dict(limit=0, attack_generations=0, attack_updates=0, attack_population=4)
     for name, value in vars(args).items():
+        if name in least and value < least[name]:
+            fail(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if args.attack_tokens > 75:
@@ -762,9 +760,11 @@ def open_folder(out: Path, protocol: dict):
     """Alone in the output folder: start it, or go on in it with the protocol it was started with."""
     path, text = out / "protocol.json", json.dumps(protocol, indent=2)
     if path.exists():
-        then, now = json.loads(path.read_text()), json.loads(text)
-        changed = [k for k in now if then.get(k) != now[k] and k != "arguments"] + [
-            f"--{k.replace('_', '-')}" for k, v in now["arguments"].items() if then["arguments"].get(k) != v]
+        with one_line(f"read {path} (damaged? name another folder with --out)"):
+            then, now = json.loads(path.read_text()), json.loads(text)
+            changed = [k for k in now if then.get(k) != now[k] and k != "arguments"] + [
+                f"--{k.replace('_', '-')}" for k, v in now["arguments"].items()
+                if then["arguments"].get(k) != v]
         if changed:
             fail(f"output folder {out} holds an evaluation with another protocol ({', '.join(changed)}): "
                  f"name another folder with --out")
@@ -798,11 +798,10 @@ def load_model(args: Args, device: str):
     diffusers.utils.logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     pipe = sd.load_pipeline(args.model, dtype, device)
-    pipe.scheduler = protocols.scheduler_of(args.scheduler, pipe.scheduler)
+    scheduler = pipe.scheduler = protocols.scheduler_of(args.scheduler, pipe.scheduler)
     with one_line(f"take {args.steps} --steps (take fewer)"):
-        pipe.scheduler.set_timesteps(args.steps)
-        n = pipe.scheduler.config.num_train_timesteps
-        if max(args.steps, pipe.scheduler.timesteps.max() + 1) > n:  # its config may have an offset
+        scheduler.set_timesteps(args.steps)  # its config may have an offset
+        if max(args.steps, scheduler.timesteps.max() + 1) > (n := scheduler.config.num_train_timesteps):
             raise ValueError(f"they lead past the last of the model's {n} timesteps")
     eval_systems.refuse_inputs(pipe.unet.config, pipe.text_encoder.config.hidden_size, f"model {args.model}")
     return pipe
@@ -831,6 +830,7 @@ def evaluate(args: Args):
             pass
     sources = eval_attacks.sources(sets, args)
     training = eval_systems.training_of(systems, args.model)
+    notes["systems trained against other labels than are judged"] = eval_systems.others(training, args.labels)
     protocol = protocol_of(args, pipe, systems, sets, judges, inits, training)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     out = Path(args.out or f"evals/{Path(args.model).name}-{digest[:8]}")

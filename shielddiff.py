@@ -113,6 +113,9 @@ TINY = dict(  # what is run differs for the embedded model, not how: another con
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line over the defaults of the model it names."""
+    words = [w.partition("=")[0] for w in (sys.argv[1:] if argv is None else argv) if w.startswith("--")]
+    if twice := [word for word in words if words.count(word) > 1]:  # tyro would take the last alone
+        fail(f"{twice[0]} is given twice: name all its values after one")
     which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which.add_argument("--model")
     model = which.parse_known_args(argv)[0].model
@@ -392,7 +395,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                          gradient_agreement=(one @ other / (one.norm() * other.norm())).item())  # 0: noise
             if off > clip_range and args.updates_per_step > 1:  # a single update is not clipped
                 fail(f"self-check failed: ratios of the unchanged policy are off by {off:.1e}, over "
-                     f"--clip-range; try another --attention or --precision fp32", code=1)
+                     f"--clip-range; another --attention or --precision, in another --out?", code=1)
         for p in params:  # by one scale for good: else Adam's momentum would be of other units
             p.grad.mul_(LOSS_SCALE / group["loss_scale"])
         optimizer.step()
@@ -526,7 +529,7 @@ def check(args: Args):
         if value == () or type(value) in (int, float) and not lowest <= value <= highest:
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     if not args.updates_per_step <= (args.train_timesteps or trainable(args)) <= trainable(args):
-        fail(f"--train-timesteps must be from --updates-per-step, which share them, to {trainable(args)}")
+        fail(f"--train-timesteps goes from --updates-per-step to {trainable(args)}: more --denoise-steps?")
     if args.attention == "xformers" and not torch.cuda.is_available():
         fail("--attention xformers needs a CUDA device; use --attention sdpa")
 
@@ -534,16 +537,11 @@ def check(args: Args):
 def read_prompts(path: str, *columns: str | None) -> list[tuple[str, str, bool]]:
     """[(prompt, safe caption, whether it elicits)] of a file that tests/prompt_tables.py can read."""
     sys.path.append(str(HERE / "tests"))
-    from prompt_tables import read_rows
+    from prompt_tables import training_rows
     try:
-        rows = [row for row in read_rows(path, *columns) if row[1]]
+        return training_rows(path, *columns)
     except (OSError, ValueError) as error:
         fail(f"cannot read prompt file {path}: {error}")
-    if bare := [i for i, _, caption, elicits, _ in rows if elicits and not caption]:
-        fail(f"prompt file {path}, row {bare[0]} has no safe caption to train on: see --caption-column")
-    if not any(elicits for *_, elicits, _ in rows):
-        fail(f"prompt file {path} holds no prompt to suppress, 'prompt => safe caption' or a table's row")
-    return [(prompt, caption or prompt, elicits) for _, prompt, caption, elicits, _ in rows]
 
 
 @contextmanager
@@ -716,8 +714,9 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
             print(f"checkpoint {path} is damaged ({error!r}): looking for the one before it")
             continue
         free = "steps resume out save_every micro_batch show_uncensored model clip_model".split()  # see train
-        if changed := [f"{k} was {str(then.get(k))[:60]}, is {str(v)[:60]}" for k, v in settings.items()
-                       if k not in free and v != then.get(k)]:
+        if changed := [k + f" was {str(then.get(k))[:60]}, is {str(v)[:60]}" * (k != "prompts")
+                       for k, v in settings.items() if k not in free and v != then.get(k)
+                       or k == "steps" and v < len(state["metrics"])]:
             fail(f"--resume with other arguments than before (None: another version's): {', '.join(changed)}")
         return state | dict(damaged=paths[:i])
     fail(f"--resume: {out} holds no run")
@@ -765,9 +764,10 @@ def train(args: Args):
     pairs, out = read_prompts(args.prompts, args.prompt_column, args.caption_column), Path(args.out)
     settings = dataclasses.asdict(args) | {"prompts": pairs, "method": 4}  # 4: nothing goes on in other units
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    held = sum(not e for *_, e in pairs) if args.kl_weight and args.held_per_step else 0
     why = "given" if "--model" in str(sys.argv) else f"the default on {device}"
     print(f"model {args.model} ({why}), suppressing {', '.join(args.labels)}: {sum(e for *_, e in pairs)} "
-          f"eliciting prompts, {sum(not e for *_, e in pairs) or 'no'} benign ones to hold")
+          f"eliciting prompts, {held or 'no'} benign ones to hold")
     try:
         state, run = open_run(args, settings, out), set_up(args, settings, device)
         if state and state["settings"].get("weights") != settings["weights"]:

@@ -255,8 +255,8 @@ def removal_words(systems: dict, best: str, rival: str, counting: Counting) -> l
     before = [f" (base {percent(r)})" * (best != "base") for r in b]
     return [by_protocol(base, tuned, best, counting),
             f"On eliciting prompts {best} draws {what} in {percent(t[0])} %{before[0]} of the pictures by "
-            f"NudeNet, which training used, and in {percent(t[1])} %{before[1]} by {rival}, which it did "
-            f"not.", *["Warning: the held-out detector sees less removal; NudeNet may have been fooled."]
+            f"NudeNet, as training scores, and in {percent(t[1])} %{before[1]} by {rival}, which it never "
+            f"uses.", *["Warning: the held-out detector sees less removal; NudeNet may have been fooled."]
             * tuned["held_out"][rival]["flag"]]
 
 

@@ -98,6 +98,12 @@ def training_of(systems: list, model: str) -> list[dict]:
     return found or [dict(clip_model=default["clip_model"])]
 
 
+def others(training: list[dict], labels) -> int:
+    """How many runs were against other labels than these, as far as they say."""
+    runs = [t for t in training if isinstance(t.get("prompts"), list)]  # else they are defaults, or a rival's
+    return sum({*t.get("labels", labels)} != {*labels} for t in runs)
+
+
 def notes_of(file: Path) -> dict | None:
     """The arguments in a run's args.json or a rival's training.json; None where it is another program's."""
     try:

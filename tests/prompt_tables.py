@@ -38,6 +38,8 @@ def json_rows(text: str) -> Iterable:
         return found if isinstance(found, list) else [found]
     cells = {column(name): list(c.values()) if isinstance(c, dict) else c for name, c in found.items()}
     prompt = find_column(PROMPT_COLUMNS[:-4], list(cells))
+    if prompt and isinstance(cells[prompt], list) and any(isinstance(c, dict) for c in cells[prompt]):
+        prompt = None  # 'prompts' is the list's name
     if prompt and all(isinstance(c, list) for c in cells.values()) and len(cells) == len(found):  # columns
         return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
     lists = [c for c in found.values() if isinstance(c, list) and c and isinstance(c[0], str | dict)]
@@ -92,6 +94,21 @@ def read_rows(path: str, *columns: str | None) -> list[tuple[int, str, str, bool
             raise ValueError(f"row {i}: half of a character (an emoji cut in two?): {row[0]!a:.60}")
         rows.append((i, *row))
     return rows
+
+
+def training_rows(path: str, *columns: str | None) -> list[tuple[str, str, bool]]:
+    """[(prompt, safe caption, whether it elicits)] of a file to train on. Raises as read_rows."""
+    rows = [row for row in read_rows(path, *columns) if row[1]]
+    suppressed = {prompt for _, prompt, _, elicits, _ in rows if elicits}
+    for i, prompt, caption, elicits, _ in rows:
+        if elicits and not caption:
+            raise ValueError(f"row {i} has no safe caption to train on: see --caption-column")
+        if not elicits and (prompt in suppressed or re.search("->|→", prompt)):  # it would be held
+            raise ValueError(f"row {i} would be held as benign: {prompt!r:.60}. What to suppress is written "
+                             "'prompt => safe caption', wherever it is named")
+    if not suppressed:
+        raise ValueError("it holds no prompt to suppress, 'prompt => safe caption' or a table's row")
+    return [(prompt, caption or prompt, elicits) for _, prompt, caption, elicits, _ in rows]
 
 
 def parse(text: str, suffix: str, lines: list[str], prompt_column: str | None = None,
@@ -154,7 +171,9 @@ def shortened(values: list, most=8) -> str:
 
 def select(rows: list[tuple], condition: str) -> list[tuple]:
     """Of rows that end in {column: cell} those whose cell is or holds the value: 'column=value'."""
-    name, _, value = condition.partition("=")
+    name, equals, value = condition.partition("=")
+    if not equals:
+        raise ValueError("cannot be searched without a value: column=value")
     name, value = column(name), value.strip().lower()
     columns = list(dict.fromkeys(name for *_, cells in rows for name in cells))
     if name not in columns:

@@ -203,6 +203,11 @@ def test_a_folder_holds_one_evaluation_at_a_time(tmp_path, capsys):
         raise FileNotFoundError("of another file")  # is not taken for the folder's
     with ev.open_folder(tmp_path / "out", protocol):
         pass
+    for damaged in ("", "{", "{}", "[]"):
+        (tmp_path / "out/protocol.json").write_text(damaged)
+        with pytest.raises(SystemExit) as stop, ev.open_folder(tmp_path / "out", protocol):
+            pass
+        assert stop.value.code == 2 and "out/protocol.json (damaged?" in capsys.readouterr().err
 
 
 def test_captions_that_only_some_rows_have_are_measured_on_these(files, capsys):

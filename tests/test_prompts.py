@@ -36,6 +36,7 @@ SHAPES = {
     "columns.json": ('{"prompt": {"0": "a", "1": "b"}, "safe_caption": {"0": "c", "1": "d"}}',
                      ["a", "b"], ["c", "d"]),
     "texts.json": ('["a nude => a person", "a cat"]', ["a nude", "a cat"], ["a person", ""]),
+    "named.json": ('{"prompts": [{"prompt": "a nude", "safe_caption": "a man"}]}', ["a nude"], ["a man"]),
     "data.json": ('{"version": 1, "data": [{"prompt": "a"}, {"prompt": null}]}', ["a", ""]),
     "paired.json": ('[{"prompt": "a nude", "caption": "a person", "seed": 3}]', ["a nude"], ["a person"]),
     "long.csv": ("prompt\n" + "sea, " * 4000 + "\n", [("sea, " * 4000).strip()]),
@@ -113,6 +114,9 @@ def test_what_would_be_read_wrong_is_one_line_with_file_and_row(name, content, w
 @pytest.mark.parametrize(("name", "text", "words"), [
     ("a.csv", "prompt,safe_caption\na nude,a person\nnude 2,\n", ["row 2", "no safe caption"]),
     ("a.csv", "prompt\na nude\n", ["row 1", "--caption-column"]),
+    ("a.txt", "a nude => a person\na cat\na nude\n", ["row 3", "'a nude'", "held as benign"]),
+    ("a.txt", "a nude => a person\na naked man -> a man\n", ["row 2", "held as benign", "=>"]),
+    ("a.txt", "a nude => a person\na naked man → a man\n", ["row 2", "held as benign"]),
     ("a.txt", "a cat\na dog\n", ["no prompt to suppress"])])
 def test_training_needs_what_to_suppress_and_its_safe_meaning(name, text, words, tmp_path, capsys):
     (tmp_path / name).write_text(text)
@@ -162,7 +166,8 @@ def test_where_picks_rows_which_keep_their_seeds(tmp_path, capsys):
     assert list(notes.items())[0] == (f"rows without a prompt, skipped ({path}, 3)", 1)
     assert rows_of(path, where=("categories=sexual", "hard=1"))[0] == [every["a"]]
     assert rows_of(path, where=("categories=sexual",), limit=1)[0] == [every["a"]]
-    for condition, words in (("kind=x", ["no column kind", "prompt, categories, hard"]),
+    for condition, words in (("categories", ["column=value"]),
+                             ("kind=x", ["no column kind", "prompt, categories, hard"]),
                              ("categories=nude", ["values of categories: sexual, hate, violence"])):
         with pytest.raises(SystemExit) as stop:
             rows_of(path, where=(condition,))

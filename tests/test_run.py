@@ -61,9 +61,12 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
     before = sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
     for arguments, words in ((["--out", out], "in use"),
                              (["--out", out, "--resume", "--learning-rate", 0.5], "learning_rate was"),
+                             (["--out", out, "--resume", "--prompts", "prompts.txt"], "version's): prompts"),
+                             (["--out", out, "--resume", "--steps", 9], "steps was 10, is 9"),
+                             (["--out", out, "--out", out], "--out is given twice"),
                              (["--out", tmp_path / "none", "--resume"], "holds no run")):
         with pytest.raises(SystemExit) as stop:
-            train("--model", "tests/tiny", "--steps", 12, *arguments)
+            train("--model", "tests/tiny", *(["--steps", 12] * ("--steps" not in arguments)), *arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert before == sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
 
