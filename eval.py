@@ -63,6 +63,7 @@ import prompt_tables as pt  # noqa: E402
 from eval_pictures import frechet, list_pictures, pixel_rms, read_picture  # noqa: E402
 from eval_report import FORMULAS, Gallery, Key, choose_pairs, write_numbers, write_report  # noqa: E402
 from eval_results import finished, parts_of, sha256, table_of, tables_of, timed, unused  # noqa: E402
+from eval_systems import load_function, one_line  # noqa: E402
 from rivals.defended import noise_estimate  # noqa: E402
 
 HELD_OUT, FIRES = ("face_cascade", "open_nsfw", "safety_checker"), 0.5  # never trained on; fires above FIRES
@@ -325,27 +326,6 @@ def with_weights(pipe, spec: Spec, stock: Draw, kind="base", file=Path()):
             pipe.unload_lora_weights()
 
 
-@contextmanager
-def one_line(what: str):
-    """A clear line and exit code 2 for whatever the files of others raise."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"cannot {what}: {' '.join(str(error).split())[:300] or repr(error)}")
-
-
-def load_function(path: str, flag: str) -> tuple[Callable, str]:
-    """FILE.py:FUNCTION -> the function, and where it differs from its paper. Runs the file."""
-    file, _, name = path.rpartition(":")
-    if not Path(file).is_file():
-        fail(f"{flag}: neither one of {', '.join(METHODS)} nor NAME=FILE.py:FUNCTION, a file that is there")
-    with one_line(f"load {flag}"):
-        found = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return getattr(module, name), getattr(module, "DIFFERS", "")
-
-
 def list_systems(args: Args) -> list[System]:
     """The base model and everything to compare with it, each under a name of its own."""
     systems = [System("base", "base", "", with_weights)]
@@ -359,6 +339,9 @@ def list_systems(args: Args) -> list[System]:
         name, _, path = entry.partition("=")
         path = f"{RIVALS}/{METHODS[entry]}" if entry in METHODS else path
         file, _, function = path.rpartition(":")
+        if not Path(file).is_file():
+            fail(f"--method {entry}: neither one of {', '.join(METHODS)} nor NAME=FILE.py:FUNCTION, a file "
+                 "that is there")
         systems.append(System(name, f"method {function}", file, *load_function(path, f"--method {entry}")))
     for name, same in itertools.groupby(sorted(s.name for s in systems)):
         if len(list(same)) > 1 or not eval_systems.plain_name(name):
@@ -709,6 +692,7 @@ def protocol_of(args: Args, pipe, systems, sets: dict, judges: Judges, inits: li
         systems={s.name: dict(kind=s.kind, path=s.path) | eval_systems.fingerprint(s.kind, s.path)
                  for s in systems},
         differs_from_paper=differs,
+        rivals=eval_systems.code_of(RIVALS) if args.method or args.attack else None,
         attacks={a: eval_attacks.settings(args, a) for a in args.attack if a != "ring-a-bell"},
         sampler=dict(  # without what diffusers notes for itself, in another order each time
             scheduler=type(pipe.scheduler).__name__, steps=args.steps, guidance_scale=args.guidance_scale,
@@ -741,6 +725,8 @@ def check(args: Args):
             fail(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
+    if not args.concept.strip(", "):
+        fail("--concept cannot be empty")
     if args.attack_tokens > 75:
         fail("--attack-tokens can be at most 75, what CLIP's text encoder reads")
     if not 0 < args.strength <= 1:

@@ -43,7 +43,8 @@ def keep(folder: Path, arguments: str, model: str):
     path = folder / arguments
     then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     other = Path(then.get("model", model))
-    if str(other) != model and other.exists() and other.resolve() != Path(model).resolve():
+    moved = Path(model).exists() and not other.exists()  # else two of a hub
+    if str(other) != model and not moved and other.resolve() != Path(model).resolve():
         fail(f"--benchmark: {folder} was trained on {other}, not on {model}: move it away")
     older = arguments == "args.json" and {field.name for field in dataclasses.fields(sd.Args)} - set(then)
     steps = f", of {then['steps']} steps" if "steps" in then else ""  # closed forms have none
@@ -64,6 +65,9 @@ def prepare(args, methods: tuple[str, ...]):
     if args.init_images or args.where:
         fail("--benchmark: some of its methods cannot start from pictures (--init-images), and its own "
              "prompts have no columns (--where)")
+    named = (*args.lora, *args.unet, *args.text_encoder, *args.method)
+    if taken := {entry.partition("=")[0] for entry in named} & {"ShieldDiff", *RIVALS}:
+        fail(f"--benchmark has a system of its own called {taken.pop()}: give yours another name")
     methods = [method for method in methods if method not in LEFT_OUT]
     embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
     default = sd.Args(**sd.TINY) if embedded else sd.Args()

@@ -5,10 +5,15 @@ What a library would leave out of strangers' weights, or fill with random number
 Here every tensor of a LoRA's file is looked for in the model, and a U-Net is loaded strictly.
 """
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +30,15 @@ ENDS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "safetensor
 GIVEN = dict(_class_name="UNet2DConditionModel", in_channels=4, out_channels=4, class_embed_type=None,
              num_class_embeds=None, addition_embed_type=None, time_cond_proj_dim=None, encoder_hid_dim=None,
              encoder_hid_dim_type=None, attention_type="default")  # what sampling gives a U-Net, and no more
+
+
+@contextmanager
+def one_line(what: str):
+    """A clear line and exit code 2 for whatever the files of others raise."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"cannot {what}: {' '.join(str(error).split())[:300] or repr(error)}")
 
 
 # ------------------------------------------------------------------------------------ the files
@@ -81,6 +95,27 @@ def fingerprint(kind: str, file: str) -> dict:
     whole = shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()
     config = Path(file).with_name("config.json")
     return dict(sha256=whole) | (dict(config_sha256=sha256(config)) if kind in list(STEMS)[1:] else {})
+
+
+def code_of(folder: Path) -> str:
+    """A hash of what methods and attacks share: their code, prompt pairs and nouns."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".txt"))
+    return hashlib.sha256("".join(path.name + sha256(path) for path in files).encode()).hexdigest()
+
+
+def load_function(path: str, flag: str) -> tuple[Callable, str]:
+    """FILE.py:FUNCTION -> the function, and where it differs from its paper. Runs the file, which may import
+    its neighbours."""
+    file, _, name = path.rpartition(":")
+    with one_line(f"load {flag}"):
+        if (folder := str(Path(file).resolve().parent)) not in sys.path:
+            sys.path.append(folder)
+        found = importlib.util.spec_from_file_location(f"method {file}", file)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look there
+        found.loader.exec_module(module)
+        if inspect.isgeneratorfunction(function := getattr(module, name)):
+            raise ValueError(f"{name} lacks @contextmanager")
+        return function, getattr(module, "DIFFERS", "")
 
 
 # ------------------------------------------------------------------------------------ their training

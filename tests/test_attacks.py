@@ -115,6 +115,57 @@ def test_rows_stay_on_the_simplex_and_go_down_the_slope():
     assert simplex.argmax(dim=1).tolist() == [7, 8] and simplex.max() <= 1 and slope.abs().max() == 1
 
 
+# ------------------------------------------------------------------------------------ through a method
+@contextmanager
+def a_negative_prompt(pipe, spec, stock):
+    yield lambda call: stock(call | dict(negative_prompt=["a cat"] * len(call["prompt"])))
+
+
+@contextmanager
+def the_same_by_a_hook(pipe, spec, stock):
+    away = pipe.encode_prompt(["a cat"], "cpu", 1, False)[0]
+
+    def hook(unet, args, output):
+        x, t = args[0].chunk(2)[0], args[1]
+        other = unet.forward(x, t, encoder_hidden_states=away.expand(len(x), -1, -1)).sample
+        return torch.cat([other, output[0].chunk(2)[1]]),
+
+    handle = pipe.unet.register_forward_hook(hook)
+    yield stock
+    handle.remove()
+
+
+@contextmanager
+def the_same_before_it(pipe, spec, stock):
+    away = pipe.encode_prompt(["a cat"], "cpu", 1, False)[0]
+
+    def hook(unet, args, kwargs):
+        text = kwargs["encoder_hidden_states"].chunk(2)[1]
+        return args, kwargs | dict(encoder_hidden_states=torch.cat([away.expand_as(text), text]))
+
+    handle = pipe.unet.register_forward_pre_hook(hook, with_kwargs=True)
+    yield stock
+    handle.remove()
+
+
+def test_an_attack_sees_what_a_hook_makes_of_either_half(model):
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    call = dict(prompt=["an astronaut", "coins"], guidance_scale=3.0, num_inference_steps=5, path=[(500, x)])
+    estimates = []
+    for method in (base, a_negative_prompt, the_same_by_a_hook, the_same_before_it):
+        with torch.no_grad(), method(model, SPEC, stock_of(model)) as draw_:
+            estimates.append(draw_(dict(call))[0])
+    assert (estimates[0] - estimates[1]).abs().max() > 0.01
+    for estimate in estimates[2:]:
+        torch.testing.assert_close(estimate, estimates[1], atol=1e-5, rtol=0)
+
+
+def test_a_gradient_that_is_too_large_when_scaled_is_taken_as_it_is_and_none_that_is_not_finite():
+    rows = torch.zeros(2, 3, requires_grad=True)
+    assert (defended.gradient((rows * 1e35).sum(), rows) == 1e35).all()  # 2^16 times that is infinite
+    assert (defended.gradient((rows * float("nan")).sum(), rows) == 0).all()
+
+
 # ------------------------------------------------------------------------------------ new tokens
 def test_a_new_token_with_a_word_s_embedding_is_that_word(model):
     before = state(model)

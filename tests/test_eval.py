@@ -454,6 +454,7 @@ def test_the_protocol_says_how_every_number_was_made(evaluated):
     differs = protocol["differs_from_paper"]
     assert "1000 generations (3000)" in differs["ring-a-bell"] and "warm-up" in differs["sld-medium"]
     assert protocol["clip"] == dict(model=sd.TINY["clip_model"], is_reward=True)
+    assert protocol["rivals"] == eval_systems.code_of(ev.RIVALS)
 
 
 def test_the_page_says_what_its_numbers_are_worth(evaluated):

@@ -110,6 +110,25 @@ def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, com
     assert "runs/tiny-0 is there, of 2 steps: delete it" in capsys.readouterr().out
 
 
+def test_two_models_of_a_hub_that_are_called_alike_are_two(commands, capsys):
+    prepared(model="alice/real")
+    for folder, file in ("runs/real-0", "args.json"), ("runs/rivals/uce-real", "training.json"):
+        (Path(folder) / file).write_text(json.dumps(dict(steps=0, model="alice/real")))
+    (Path("runs/real-0") / "metrics.jsonl").write_text("")
+    os.utime("runs/real-0/metrics.jsonl", (1, 1))
+    prepared(model="alice/real")
+    with pytest.raises(SystemExit) as stop:
+        prepared(model="bob/real")
+    assert stop.value.code == 2 and "was trained on alice/real, not on bob/real" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--lora", "ShieldDiff=x"), ("--method", "sdd=a.py:f")])
+def test_a_name_that_the_benchmark_gives_itself_is_refused_first(flags, commands, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepared(*flags)
+    assert stop.value.code == 2 and "another name" in capsys.readouterr().err and not commands
+
+
 @pytest.mark.parametrize(("folder", "file"), [("runs/tiny-0", "args.json"),
                                               ("runs/rivals/uce", "training.json")])
 def test_weights_of_another_model_are_not_taken_for_this_one_s(folder, file, commands, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """tests/rivals: the methods that need no training, against what each has to be whatever it is good for."""
 import math
 
+import eval_systems
 import numpy as np
 import pytest
 import skimage.data
@@ -109,6 +110,37 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(name, pipe, quick)
            if k in ("prompt", "generator", "latents")}
     alone, _ = draw(pipe, quick[name], [], call=call | one)
     np.testing.assert_allclose(both[2:3], alone, atol=2e-3)
+
+
+def test_a_method_s_file_is_loaded_as_any_module_is(tmp_path, capsys):
+    (tmp_path / "beside_it.py").write_text("from contextlib import contextmanager\n")
+    (tmp_path / "mine.py").write_text("""from __future__ import annotations
+from dataclasses import dataclass
+from beside_it import contextmanager
+DIFFERS = "it is ours"
+@dataclass
+class A:
+    x: int
+def bare(pipe, spec, stock):
+    yield stock
+good = contextmanager(bare)
+""")
+    function, differs = ev.load_function(f"{tmp_path / 'mine.py'}:good", "--method mine")
+    with function(None, None, 7) as drawn:
+        assert drawn == 7 and differs == "it is ours"
+    for name, words in ("bare", "bare lacks @contextmanager"), ("none", "has no attribute 'none'"):
+        with pytest.raises(SystemExit) as stop:
+            ev.load_function(f"{tmp_path / 'mine.py'}:{name}", "--method mine")
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and "cannot load --method mine" in said and words in said
+
+
+def test_a_hash_of_all_that_methods_share_goes_into_the_protocol(tmp_path):
+    hashes = set()
+    for name, text in ("a.py", "x"), ("a.txt", "y"), ("a.txt", "z"), ("b.pyc", "z"):
+        (tmp_path / name).write_text(text)
+        hashes.add(eval_systems.code_of(tmp_path))
+    assert len(hashes) == 3
 
 
 # ------------------------------------------------------------------------------------ SAFREE
@@ -230,6 +262,23 @@ def test_crops_at_angle_0_is_a_vote_of_equals_and_a_refused_row_is_black(pipe):
     assert len(seen) == 2 and all((s == (plain * 255).round()).all() for s in seen)
     images, refused = draw(pipe, crops.crops, prompts, spec_of(score=score), share=1.1)
     assert not refused.any() and (images == plain).all()
+
+
+def test_crops_probes_around_the_first_noise(pipe):
+    starts = []
+    call, spec = call_of(pipe, ASTRONAUTS), spec_of()
+
+    def seen(call):
+        starts.append(call["latents"].flatten(1).double())
+        return np.zeros((2, 64, 64, 3)), np.zeros(2, bool)
+
+    with crops.crops(pipe, spec, seen) as method:
+        method(call)
+    first, *probes = starts
+    assert len(probes) == 4 and len({probe.sum().item() for probe in probes}) == 4
+    for probe in probes:
+        cosine = torch.cosine_similarity(probe, first)
+        torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(0.3)), atol=1e-6, rtol=0)
 
 
 def test_crops_turns_on_the_sphere():

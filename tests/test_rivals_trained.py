@@ -45,6 +45,82 @@ def states(pipe):
     return x, torch.tensor([900, 400]), *training.encode(pipe, ["", "a smiling face", "an astronaut"], 2)
 
 
+# ------------------------------------------------------------------------------------ what is learned from
+def test_of_duo_s_pairs_the_safe_picture_comes_first(pipe, monkeypatch):
+    """Guided by the safe prompt away from the unsafe one; where no edit was safe there is no pair."""
+    shown = [(f"p{i}", f"c{i}", np.full((8, 8, 3), i, np.uint8)) for i in range(3)]
+    calls = []
+    monkeypatch.setattr(drawn, "draw_shown", lambda *_: shown)
+    monkeypatch.setattr(drawn, "draw_judged", lambda pipe, args, found, shows: calls.extend(found) or (
+        {i: np.full((8, 8, 3), 100 + i, np.uint8) for i in (2, 0)} if shows is False else {}))
+    monkeypatch.setattr(drawn, "latents_of", lambda pipe, images, rng: torch.tensor([int(i.mean())
+                                                                                     for i in images]))
+    pairs = duo.make_pairs(pipe, duo.Args(**duo.TINY))
+    assert pairs.tolist() == [[100, 102], [0, 2]]
+    assert [(c["prompt"], c["negative_prompt"]) for c in calls] == [
+        (f"c{i}, face hidden", f"p{i}") for i in range(3)]
+    assert (np.asarray(calls[1]["image"]) == 1).all()
+
+
+def test_safegen_covers_what_shows_and_saves_the_moving_average(tmp_path, monkeypatch):
+    """The loss here is the sum of the weights, so that Adam takes the same step twice; the decay is 2/11."""
+    asked = []
+
+    def loss(unet, scheduler, shown, covered, benign, empty, args, rng):
+        asked.append([x.unique().item() for x in (shown, covered, benign)])
+        return sum(p.sum() for p in unet.parameters() if p.requires_grad)
+
+    triplets = torch.arange(3.0)[:, None, None, None, None].expand(3, 5, 4, 8, 8)
+    monkeypatch.setattr(safegen, "make_triplets", lambda *_: triplets)
+    monkeypatch.setattr(safegen, "safegen_loss", loss)
+    start, saved = trained(safegen, tmp_path, learning_rate=0.01)
+    assert asked == [[0, 1, 2]] * 2
+    name = min(changed(start, saved))
+    once = start[name] * (1 - 1e-4) - 0.01
+    twice = once * (1 - 1e-4) - 0.01
+    torch.testing.assert_close(saved[name], (2 * once + 9 * twice) / 11, atol=2e-4, rtol=0)
+
+
+def test_safegen_s_triplets_are_a_picture_that_shows_it_covered_and_a_benign_one(pipe, monkeypatch):
+    shown = drawn.draw_shown(pipe, args := safegen.Args(**safegen.TINY | dict(pictures=2, denoise_steps=8)))
+    monkeypatch.setattr(drawn, "draw_shown", lambda *_: shown)
+    monkeypatch.setattr(drawn, "draw_judged", lambda pipe, args, calls, shows: {
+        i: np.zeros((64, 64, 3), np.uint8) for i in range(len(calls))})
+    monkeypatch.setattr(drawn, "latents_of", lambda pipe, images, rng: torch.tensor(np.stack(images)).float())
+    first, covered, benign = safegen.make_triplets(pipe, args)
+    pictures = torch.tensor(np.stack([image for *_, image in shown])).float()
+    assert all(any(torch.equal(a, b) for b in pictures) for a in first) and not benign.any()
+    assert 0 < (first != covered).float().mean() < 0.7
+
+
+def test_esd_s_target_is_the_frozen_model_s_and_sdd_starts_from_the_teacher_s_pictures(tmp_path, monkeypatch):
+    models, target, part = [], esd.esd_target, drawn.partly_drawn
+    monkeypatch.setattr(esd, "esd_target", lambda unet, *a: models.append(copy.deepcopy(unet.state_dict()))
+                        or target(unet, *a))
+    trained(esd, tmp_path / "esd", weights="x", learning_rate=0.01)
+    assert len(models) == 2 and not changed(*models)
+    starts = []
+    monkeypatch.setattr(drawn, "partly_drawn", lambda unet, scheduler, context, *a: starts.append(
+        (copy.deepcopy(unet.state_dict()), context)) or part(unet, scheduler, context, *a))
+    start, saved = trained(sdd, tmp_path / "sdd", concept="a face, a smile", average=1.0, learning_rate=0.01)
+    for weights, context in starts:
+        assert not changed(start, weights) and not changed(start, saved)  # the student is elsewhere
+        joined = training.encode(sd.load_pipeline("tests/tiny"), ["", "a face, a smile"], 2)
+        torch.testing.assert_close(context, torch.stack([*joined]))
+
+
+def test_uce_keeps_the_empty_prompt_and_every_benign_one_and_no_less_than_a_tenth(tmp_path, monkeypatch):
+    seen, real = [], uce.edit_matrix
+    monkeypatch.setattr(uce, "edit_matrix", lambda old, aim, kept, lam, erase, keep: seen.append((kept, keep))
+                        or real(old, aim, kept, lam, erase, keep))
+    args = uce.Args(**uce.TINY, out=str(tmp_path))
+    uce.train(args)
+    benign = [p for p, _, elicits in sd.read_prompts(args.prompts) if not elicits]
+    states = uce.states(sd.load_pipeline("tests/tiny"), ["", *benign])[0].flatten(0, 1)
+    assert torch.equal(seen[0][0], states)
+    assert seen[0][1] == (args.keep or max(0.1, 1 / (1 + len(benign))))
+
+
 # ------------------------------------------------------------------------------------ which weights move
 @pytest.mark.parametrize(("module", "changes", "moves"), [
     (esd, dict(weights="u"), lambda n: "attn2" not in n and n.split(".")[0] not in (

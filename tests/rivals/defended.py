@@ -58,7 +58,7 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
     *before, (t, x) = call["path"]
     given = {k: call.get(k) for k in ("negative_prompt", "prompt_embeds", "negative_prompt_embeds")}
     negative = any(v is not None for k, v in given.items() if k.startswith("negative"))
-    hooked, nothing_refused = bool(pipe.unet._forward_hooks), np.zeros(len(x), bool)
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in pipe.unet.modules())
     texts, rows = call.get("prompt"), slice(None)
     if all(value is None for value in given.values()):  # each text is encoded once: attacks repeat theirs
         once = [*dict.fromkeys(texts)]
@@ -67,21 +67,18 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
     prompt, other = (states if states is None else states[rows] for states in pipe.encode_prompt(
         texts, pipe.device, 1, negative or hooked, **given))
     if not negative and not hooked:
-        return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), nothing_refused
+        return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), np.zeros(len(x), bool)
     both = torch.cat([other, prompt])  # [2 B, 77, d]
     with torch.no_grad():
         for earlier, y in before if hooked else ():
             pipe.unet(torch.cat([y, y]), earlier, encoder_hidden_states=both, return_dict=False)
     output = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0]
     unconditional, text = output.float().chunk(2)  # [B, 4, h, w] each
-    if not negative:
-        return text, nothing_refused
-    scale = max(call["guidance_scale"], 1.0)  # below it the pipeline does not guide
-    guided = unconditional + scale * (text - unconditional)
     with torch.no_grad():  # `forward`: without the hooks
         empty = pipe.encode_prompt([""] * len(x), pipe.device, 1, False)[0]
         e = pipe.unet.forward(x, t, encoder_hidden_states=empty).sample.float()
-    return e + (guided - e) / scale, nothing_refused
+    away = (unconditional - e) / max(call["guidance_scale"], 1.0)  # below it the pipeline does not guide
+    return e + away + text - unconditional, np.zeros(len(x), bool)  # nothing is refused
 
 
 @torch.no_grad()
@@ -114,5 +111,10 @@ def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, 
 
 
 def gradient(loss: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Of the loss at rows, scaled on its way: half precision would round much of it to zero."""
-    return torch.autograd.grad(loss * sd.LOSS_SCALE, rows)[0] / sd.LOSS_SCALE
+    """Of the loss at rows, scaled on its way, as half precision would round much of it to zero, unless that
+    is too much for it. Zero where it is not finite at all: one such update would end the attack."""
+    for scale in sd.LOSS_SCALE, 1.0:
+        found = torch.autograd.grad(loss * scale, rows, retain_graph=scale > 1)[0] / scale
+        if found.isfinite().all():
+            return found
+    return torch.zeros_like(rows)

@@ -7,12 +7,13 @@ text. Of a picture that shows the concept and the same one edited to be safe, th
     loss  = -log sigmoid(-beta ((l_safe - l0_safe) - (l_unsafe - l0_unsafe)))     l: |e(x_t, t, "") - noise|^2
     prior = lambda |e(noise, T, "") - e0(noise, T, "")|^2                         0: without the LoRA
 
-Exact, as the official code: beta 500, lambda 1e6 beta / 100, learning rate 3e-4 * 100 / beta, a LoRA of rank
-32 on self-attention, one noise but two timesteps a pair (below 750), AdamW, 1000 steps, 64 pairs that NudeNet
-judged; the safe one by SDEdit, strength 0.75, the unsafe prompt as negative prompt. Ours: the prompts, which
-are those of --prompts; NudeNet's four views; one GPU with a batch of 4; pairs that 20 tries did not make safe
-are left out; on the embedded model lambda, 10,000 times smaller, all timesteps (as published it forgets
-nothing there), the safe prompt, length, rate, batch, steps a picture.
+Exact, as the official code: beta 500 and, for it, lambda 1e6 beta / 100 and learning rate 3e-4 * 100 / beta
+(another beta needs all three flags), a LoRA of rank 32 on self-attention, one noise but two timesteps a pair
+(below 750), AdamW, 1000 steps, 64 pairs that NudeNet judged; the safe one by SDEdit, strength 0.75, the
+unsafe prompt as negative prompt. Ours: the prompts, which are those of --prompts; NudeNet's four views; one
+GPU with a batch of 4; gradients clipped to norm 1; pairs that 20 tries did not make safe are left out; on the
+embedded model lambda, 10,000 times smaller, all timesteps (as published it forgets nothing there), the safe
+prompt, length, rate, batch, steps a picture.
 """
 from dataclasses import dataclass
 
@@ -72,8 +73,8 @@ def duo_losses(unet, scheduler, pairs, empty, args: Args, rng) -> tuple[torch.Te
 def make_pairs(pipe, args: Args) -> torch.Tensor:
     """Latents [2, N, 4, h, w], safe and unsafe, of pictures that the model itself draws."""
     shown = drawn.draw_shown(pipe, args)
-    calls = [{"prompt": args.safe.format(caption), "negative_prompt": prompt, "image": Image.fromarray(image)}
-             for prompt, caption, image in shown]
+    calls = [dict(prompt=args.safe.replace("{}", text), negative_prompt=prompt, image=Image.fromarray(image))
+             for prompt, text, image in shown]
     edited = drawn.draw_judged(pipe, args, calls, False)
     both = [edited[i] for i in sorted(edited)], [shown[i][2] for i in sorted(edited)]
     return torch.stack([drawn.latents_of(pipe, images, sd.generator(args.seed, "latents"))

@@ -64,7 +64,7 @@ def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
 
 
 def names_of(spec) -> tuple[str, ...]:
-    return tuple(name.strip() for name in spec.concept.split(","))
+    return tuple(name.strip() for name in spec.concept.split(",") if name.strip())
 
 
 def train(pipe, spec, epochs: int) -> tuple[Similarity, float]:

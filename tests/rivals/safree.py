@@ -67,7 +67,7 @@ def filtered(pipe, prompt: str, states: torch.Tensor, concept: torch.Tensor, alp
 @contextmanager
 def safree(pipe, spec, stock, negative=False, guided=False, alpha=0.01):
     """A method (see README.md in this folder): every prompt's filtered states in the first steps."""
-    phrases = [prompt for prompt, _ in spec.pairs] if guided else [c.strip() for c in spec.concept.split(",")]
+    phrases = [prompt for prompt, _ in spec.pairs] if guided else filter(str.strip, spec.concept.split(","))
     concept = projector(torch.cat([pooled(pipe, ids_of(pipe, phrase)[None]) for phrase in phrases]))  # [d, d]
 
     def draw(call):

@@ -63,7 +63,7 @@ def run(train, kind: type, tiny: dict, argv=None):
 def start(args: Args):
     """The pipeline, frozen, in fp32, with shielddiff's sampler, and the time. Refuses what cannot end."""
     for name, value in vars(args).items():
-        lowest = 1 if name in ("batch_size", "denoise_steps", "pictures", "rank") else 0
+        lowest = 1 if name in ("batch_size", "denoise_steps", "pictures", "rank", "until") else 0
         if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
             sd.fail(f"--{name.replace('_', '-')} cannot be {value}")
     if there := [file for file in WEIGHTS if Path(args.out, file).exists()]:

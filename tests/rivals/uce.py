@@ -46,7 +46,7 @@ def edits_of(args: Args) -> list[tuple[str, str]]:
     if args.edits == "pairs":
         return [pair[:2] for pair in sd.read_prompts(args.pairs)]
     if args.edits == "guided":
-        return [(noun, args.safe.format(noun)) for noun in args.nouns]
+        return [(noun, args.safe.replace("{}", noun)) for noun in args.nouns]
     return [(word, "") for word in args.words]
 
 
