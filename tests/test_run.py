@@ -63,7 +63,6 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
                              (["--out", out, "--resume", "--learning-rate", 0.5], "learning_rate was"),
                              (["--out", out, "--resume", "--prompts", "prompts.txt"], "version's): prompts"),
                              (["--out", out, "--resume", "--steps", 9], "steps was 10, is 9"),
-                             (["--out", out, "--out", out], "--out is given twice"),
                              (["--out", tmp_path / "none", "--resume"], "holds no run")):
         with pytest.raises(SystemExit) as stop:
             train("--model", "tests/tiny", *(["--steps", 12] * ("--steps" not in arguments)), *arguments)
@@ -86,6 +85,7 @@ def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_pat
     (["--prompts", "EMPTY"], ["holds no prompt"]),
     (["--prompts", "ARROW"], ["'=>' needs a space", "a nude woman=>a woman"]),
     (["--labels"], ["--labels cannot be ()"]),
+    (["--labels", "FACE_MALE", "--labels=FACE_FEMALE"], ["--labels is given twice"]),
     (["--prompts", "BINARY"], ["UTF-8", "position 3"]),
     (["--model", "no/such/model", "--prompts", "tests/tiny/prompts.txt"], ["no/such/model", "folder"]),
     (["--clip-model", "no/such/clip"], ["no/such/clip"]),
