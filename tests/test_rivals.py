@@ -1,4 +1,5 @@
 """tests/rivals: the methods that need no training, against what each has to be whatever it is good for."""
+import inspect
 import math
 
 import eval_systems
@@ -179,6 +180,25 @@ def test_safree_projects_triggers_off_every_phrase_and_leaves_the_rest(pipe):
                                          concept, 0.01)[1] > last
 
 
+def test_safree_s_last_step_is_by_the_mean_change_of_the_words_alone(pipe):
+    """Beta over begin, words and end of text, not over the padding; alpha as published."""
+    rows = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    concept = safree.projector(rows)
+    for prompt in (*ASTRONAUTS, "face"):
+        states = pipe.encode_prompt(prompt, "cpu", 1, False)[0][0]
+        ids = safree.ids_of(pipe, prompt)
+        less = ids.repeat(len(ids) - 2, 1)
+        for i, row in enumerate(less):
+            row[i + 1] = 0
+        onto = safree.projector(safree.pooled(pipe, less))
+        projected = states.double() @ onto @ (torch.eye(96) - concept)
+        cosines = [torch.cosine_similarity(states[i].double(), projected[i], dim=0) for i in range(len(ids))]
+        beta = 1 - sum(cosines).item() / len(ids)
+        expected = round(10 / (1 + math.exp(-5 * (10 * beta - 5.333))))
+        assert safree.filtered(pipe, prompt, states, concept, 0.01)[1] == expected
+    assert inspect.signature(safree.safree).parameters["alpha"].default == 0.01
+
+
 def test_safree_filters_the_first_steps_only_and_each_prompt_by_its_own_number(pipe, monkeypatch):
     seen = []
     filtered = iter([(torch.zeros(77, 96), 4), (torch.zeros(77, 96), 0)])
@@ -237,6 +257,23 @@ def test_pno_with_steps_lowers_its_own_score_whatever_that_is(pipe):
         assert abs(score(torch.tensor(picture)[None]).item() - (after - 99)) < 1e-3
 
 
+def test_a_step_of_pno_makes_the_noise_likelier_and_moves_the_text_as_well(pipe, monkeypatch):
+    """The score here is the text's sum, which does not depend on the noise: so the penalty alone moves it."""
+    seen = []
+
+    def picture_of(pipe, x, context, call):
+        seen.append((x.detach().clone(), context.detach().clone()))
+        return (0 * x.sum() + context.sum()).expand(1, 2, 2, 3)
+
+    monkeypatch.setattr(pno, "picture_of", picture_of)
+    x = 3 * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pno.optimise(pipe, lambda p: p.mean()[None] * 1e-6 + 99, call_of(pipe, ASTRONAUTS[:1]), x,
+                 torch.Generator(), steps=1)
+    (before, text), (after, moved) = seen
+    assert pno.log_likelihood(after.flatten(1)) > pno.log_likelihood(before.flatten(1)) + 1
+    assert (moved < text).float().mean() > 0.9
+
+
 def test_pno_s_penalty_by_hand():
     sign = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     x = torch.kron(torch.kron(sign, sign), sign)[:, 1:5].reshape(1, -1).requires_grad_()  # 8 vectors of 4
@@ -292,6 +329,19 @@ def test_crops_turns_on_the_sphere():
 
 
 # ------------------------------------------------------------------------------------ Latent Guard
+def test_latent_guard_s_layer_by_hand():
+    torch.manual_seed(0)
+    layer, prompts, concepts = latent_guard.Similarity(6, 2, 3, 4), torch.randn(2, 5, 6), torch.randn(3, 6)
+    for p, prompt in enumerate(prompts):
+        for c, concept in enumerate(concepts):
+            query, found = layer.query(concept), []
+            for head in (slice(0, 3), slice(3, 6)):
+                weight = (layer.key(prompt)[:, head] @ query[head] / math.sqrt(3)).softmax(dim=0)  # [5]
+                found.append(weight @ layer.value(prompt)[:, head])
+            score = torch.cosine_similarity(layer.of_prompt(torch.cat(found)), layer.of_concept(query), dim=0)
+            torch.testing.assert_close(layer(prompts, concepts)[p, c], score / 0.07)
+
+
 @pytest.fixture(scope="module")
 def guard(pipe):
     return latent_guard.train(pipe, spec_of(), 40)
