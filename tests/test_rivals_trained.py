@@ -411,7 +411,7 @@ def test_pictures_to_train_on_show_what_is_asked_for(pipe):
     (esd, ["--learning-rate", "nan"], "--learning-rate cannot be nan"),
     (sdd, ["--batch-size", "0"], "--batch-size cannot be 0"),
     (duo, ["--until", "1001"], "--until goes to 1000"), (duo, ["--until", "0"], "--until cannot be 0"),
-    (duo, ["--denoise-steps", "1"], "--until goes to 1000, SD's timesteps; SDEdit's strength leaves no step"),
+    (duo, ["--denoise-steps", "1"], "--until goes to 1000, SD's timesteps; SDEdit takes"),
     (duo, ["--prompts", "nowhere.txt"], "cannot read prompt file nowhere.txt")])
 def test_bad_input_gets_one_line_and_leaves_nothing_behind(tmp_path, capsys, module, flags, message):
     with pytest.raises(SystemExit, match="2"):

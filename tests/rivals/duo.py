@@ -84,7 +84,7 @@ def make_pairs(pipe, args: Args) -> torch.Tensor:
 def train(args: Args):
     """OUT/pytorch_lora_weights.safetensors."""
     if args.until > 1000 or args.denoise_steps < 2:
-        sd.fail("--until goes to 1000, SD's timesteps; SDEdit's strength leaves no step of one --denoise-steps")
+        sd.fail("--until goes to 1000, SD's timesteps; SDEdit takes a share of --denoise-steps, at least 2")
     pipe, started = training.start(args)
     pairs, empty = make_pairs(pipe, args), sd.encode_prompts(pipe, [""])[0].to(pipe.device)
     torch.manual_seed(args.seed)  # for the LoRA's initial weights
