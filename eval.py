@@ -798,7 +798,8 @@ def evaluate(args: Args):
     inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     check(args)
     if args.benchmark:
-        list_systems(args), read_sets(args, 8, collections.Counter())  # before hours of training
+        list_systems(args)  # refuses what cannot be read before hours of training, not after them
+        read_sets(args, 8, collections.Counter())
         args = eval_benchmark.prepare(args, tuple(METHODS))
     systems = list_systems(args)
     faces = any(label.startswith("FACE_") for label in args.labels)
@@ -816,7 +817,8 @@ def evaluate(args: Args):
             pass
     sources = eval_attacks.sources(sets, args)
     training = eval_systems.training_of(systems, args.model)
-    notes["systems trained against other labels than are judged"] = eval_systems.others(training, args.labels)
+    notes["systems trained against other labels than are judged"] = eval_systems.of_other_labels(
+        training, args.labels)
     protocol = protocol_of(args, pipe, systems, sets, judges, inits, training)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     out = Path(args.out or f"evals/{Path(args.model).name}-{digest[:8]}")

@@ -101,7 +101,7 @@ class Args:
     attention: Literal["sdpa", "xformers"] = "sdpa"  # PyTorch's; xformers is as lean and, on an H100, slower
     gradient_checkpointing: bool = True  # a third more time, several times less memory
     optimizer_8bit: bool = True  # AdamW8bit: saves 5 GB for the whole U-Net, next to nothing for a LoRA
-    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights, U-Net calls; no CUDA: fp32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp16"  # of frozen weights and U-Net calls; no CUDA: fp32
 
 
 TINY = dict(  # what is run differs for the embedded model, not how: another concept, 64 px, minutes, no GPU
@@ -381,7 +381,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                 grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
         numbers = torch.cat(seen, dim=1)  # [4, n], of all updates so far
         norm = torch.nn.utils.clip_grad_norm_(params, group["loss_scale"]).cpu() / group["loss_scale"]
-        group["loss_scale"] /= 16 if numbers.isfinite().all() and not norm.isfinite() else 1  # fp16 alone
+        group["loss_scale"] /= 16 if numbers.isfinite().all() and not norm.isfinite() else 1  # > 65504
         if i and not (numbers.isfinite().all() and norm.isfinite()):
             break  # the updates before it went too far: sized_update brings them back
         finite(numbers, "the loss")
@@ -400,7 +400,7 @@ def update(run: "Run", roll: Rollout) -> dict:
             p.grad.mul_(LOSS_SCALE / group["loss_scale"])
         optimizer.step()
         norms.append(norm)
-    group["loss_scale"] = min(group["loss_scale"] * 2 ** (1 / 16), LOSS_SCALE)  # or noise is left
+    group["loss_scale"] = min(group["loss_scale"] * 2 ** (1 / 16), LOSS_SCALE)  # or gradients round to noise
     return first | dict(drift=drifts[held == 1].mean().item(), grad_norm=torch.tensor(norms).mean().item(),
                         clip_fraction=((ratios[held == 0] - 1).abs() > clip_range).float().mean().item())
 
@@ -623,12 +623,12 @@ def set_up(args: Args, settings: dict, device: str) -> Run:
     unet, schedule = pipe.unet, noise_schedule(pipe.scheduler.config, args.denoise_steps)
     clip, processor = load_clip(args.clip_model, device)
     settings["weights"] = [hashlib.sha256(safetensors.torch.save(m.state_dict())).hexdigest() for m in (
-        unet, pipe.vae, pipe.text_encoder, clip)] + [str(schedule[:4])]  # not paths: a folder may move
+        unet, pipe.vae, pipe.text_encoder, clip)] + [np.asarray(x).tolist() for x in schedule[:4]]
     eliciting = [i for i, (_, _, elicits) in enumerate(pairs) if elicits]
     benign = sorted(set(range(len(pairs))) - set(eliciting)) if args.kl_weight and args.held_per_step else []
-    some = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # all at once: GBs
-    context = torch.cat([encode_prompts(pipe, prompts) for prompts, *_ in some], dim=1)  # [2, N, 77, d]
-    captions = torch.cat([caption_features(clip, processor, texts) for _, texts, _ in some]).cpu()  # [N, d]
+    parts = [[*zip(*pairs[i:i + 128], strict=True)] for i in range(0, len(pairs), 128)]  # all at once: GBs
+    context = torch.cat([encode_prompts(pipe, prompts) for prompts, *_ in parts], dim=1)  # [2, N, 77, d]
+    captions = torch.cat([caption_features(clip, processor, texts) for _, texts, _ in parts]).cpu()  # [N, d]
     if args.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()  # tries it first
@@ -770,7 +770,7 @@ def train(args: Args):
           f"eliciting prompts, {held or 'no'} benign ones to hold")
     try:
         state, run = open_run(args, settings, out), set_up(args, settings, device)
-        if state and state["settings"].get("weights") != settings["weights"]:
+        if state and state["settings"].get("weights") != settings["weights"]:  # not paths: a folder may move
             fail("--resume with another --model, --clip-model or device than the run was started with")
         out.mkdir(parents=True, exist_ok=True)  # only now: what could not be loaded leaves nothing behind
         with filelock.FileLock(out / ".lock", blocking=False):

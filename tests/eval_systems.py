@@ -133,7 +133,7 @@ def training_of(systems: list, model: str) -> list[dict]:
     return found or [dict(clip_model=default["clip_model"])]
 
 
-def others(training: list[dict], labels) -> int:
+def of_other_labels(training: list[dict], labels) -> int:
     """How many runs were against other labels than these, as far as they say."""
     runs = [t for t in training if isinstance(t.get("prompts"), list)]  # else they are defaults, or a rival's
     return sum({*t.get("labels", labels)} != {*labels} for t in runs)

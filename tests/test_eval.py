@@ -244,10 +244,11 @@ def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(t
     assert nothing == [dict(clip_model=sd.Args.clip_model)] and not eval_systems.trained_prompts(nothing)
     default = eval_systems.trained_prompts(eval_systems.training_of(systems[2:], ev.Args.model))
     assert "a nude woman doing yoga in a white room" in default
-    assert eval_systems.others(training, ["FACE_MALE"]) == 0  # it does not say
+    assert eval_systems.of_other_labels(training, ["FACE_MALE"]) == 0  # it does not say
     (tmp_path / "a/args.json").write_text(json.dumps(args | dict(labels=["FACE_MALE", "FACE_FEMALE"])))
     training = eval_systems.training_of(systems, "tests/tiny")
-    assert [eval_systems.others(training, x) for x in (["FACE_FEMALE", "FACE_MALE"], ["FACE_MALE"])] == [0, 1]
+    assert eval_systems.of_other_labels(training, ["FACE_FEMALE", "FACE_MALE"]) == 0
+    assert eval_systems.of_other_labels(training, ["FACE_MALE"]) == 1
     for foreign in ({"prompts": None}, [1], {"prompts": "README.md"}, {"clip_model": "x"}):
         (tmp_path / "a/args.json").write_text(json.dumps(foreign))
         assert eval_systems.training_of(lora, ev.Args.model) == [vars(sd.Args())]

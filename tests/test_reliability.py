@@ -116,7 +116,10 @@ def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path):
             train(*SMALL, "--steps", steps, "--out", tmp_path / out, "--clip-range", 1e3,
                   *flags, *["--resume"] * (steps > legs[0]))
     assert_same(final(tmp_path / "a"), final(tmp_path / "b"))
+    assert all(m["ratio_max_dev"] == 0 and 0 < m["nats"] <= 3 * m["signal"] for m in metrics(tmp_path / "a"))
     if 0 in flags:
+        weights = load_file(tmp_path / "a/unet/diffusion_pytorch_model.safetensors").values()
+        assert {v.dtype for v in weights} == {torch.float32} and all(v.isfinite().all() for v in weights)
         assert any(v.dtype == torch.uint8 for v in final(tmp_path / "a")[0].values())
         saved = sd.UNet2DConditionModel.from_pretrained(tmp_path / "b/unet").state_dict()
         old = sd.load_pipeline(str(ROOT / "tests/tiny")).unet.state_dict()

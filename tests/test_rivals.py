@@ -136,7 +136,7 @@ good = contextmanager(bare)
         assert stop.value.code == 2 and "cannot load --method mine" in said and words in said
 
 
-def test_a_hash_of_all_that_methods_share_goes_into_the_protocol(tmp_path):
+def test_what_methods_share_is_told_by_its_names_and_bytes(tmp_path):
     hashes = set()
     for name, text in ("a.py", "x"), ("a.txt", "y"), ("a.txt", "z"), ("b.pyc", "z"):
         (tmp_path / name).write_text(text)

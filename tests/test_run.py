@@ -65,7 +65,7 @@ def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run,
                              (["--out", out, "--resume", "--steps", 9], "steps was 10, is 9"),
                              (["--out", tmp_path / "none", "--resume"], "holds no run")):
         with pytest.raises(SystemExit) as stop:
-            train("--model", "tests/tiny", *(["--steps", 12] * ("--steps" not in arguments)), *arguments)
+            train("--model", "tests/tiny", "--steps", 12, *arguments)
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert before == sorted((p, p.stat().st_mtime_ns) for p in out.rglob("*"))
 

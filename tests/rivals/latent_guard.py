@@ -64,6 +64,7 @@ def loss_of(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
 
 
 def names_of(spec) -> tuple[str, ...]:
+    """The concept to avoid, by each of its names."""
     return tuple(name.strip() for name in spec.concept.split(",") if name.strip())
 
 

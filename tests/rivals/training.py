@@ -68,7 +68,7 @@ def start(args: Args):
             sd.fail(f"--{name.replace('_', '-')} cannot be {value}")
     if there := [file for file in WEIGHTS if Path(args.out, file).exists()]:
         sd.fail(f"output folder {args.out} holds {there[0]}: name another with --out")
-    if hasattr(args, "prompts"):
+    if hasattr(args, "prompts"):  # which is read again, later: so that a bad one leaves no folder behind
         sd.read_prompts(args.prompts)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)  # or hours of training could not be saved
