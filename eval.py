@@ -354,7 +354,10 @@ def switched_on(pipe, system: System, spec: Spec):
     """A system's Draw. Afterwards, also after an error, the pipeline has the parts it had before."""
     parts = dict(pipe.components)
     try:
-        with system.method(pipe, spec, functools.partial(stock_draw, pipe)) as draw:
+        method = system.method(pipe, spec, functools.partial(stock_draw, pipe))
+        if not hasattr(method, "__enter__"):
+            fail(f"--method {system.name}: its function is no context manager: write @contextmanager before it")
+        with method as draw:
             yield draw
     finally:
         for name, part in parts.items():
@@ -737,6 +740,9 @@ def check(args: Args):
         fail(f"--init-images has no first noise, which {', '.join(sorted(those))} would change")
     if args.scheduler != "ddim" and (args.benchmark or {"pno", "best-of-5"} & {*args.method}):
         fail(f"--scheduler {args.scheduler}: pno, best-of-5 and so --benchmark differentiate DDIM's steps")
+    if (out := Path(args.out)).is_file() or args.out and out.exists() and not (
+            out / "protocol.json").exists() and any(path.name[0] != "." for path in out.iterdir()):
+        fail(f"output folder {out} is in use by something else: name another with --out")
     if args.reference and not all(map(importlib.util.find_spec, ("torchmetrics", "torch_fidelity"))):
         fail("--reference needs the Inception network of torchmetrics: pip install 'torchmetrics[image]'")
 
@@ -754,8 +760,6 @@ def open_folder(out: Path, protocol: dict):
         if changed:
             fail(f"output folder {out} holds an evaluation with another protocol ({', '.join(changed)}): "
                  f"name another folder with --out")
-    elif out.exists() and (not out.is_dir() or any(p.name[0] != "." for p in out.iterdir())):
-        fail(f"output folder {out} is in use by something else: name another with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         alone = filelock.FileLock(out / ".lock", blocking=False).acquire()

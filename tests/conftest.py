@@ -105,13 +105,20 @@ def metrics(out):
     return [json.loads(line, parse_constant=no_json) for line in lines]
 
 
+@contextlib.contextmanager
+def once(tmp_path_factory, name):
+    """A path for all processes of the suite: the first makes what shall lie there, the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if workers else base) / name
+    with sd.filelock.FileLock(f"{path}.lock"):
+        yield path
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """The main job: the embedded model, all flags at their defaults. Once, for all processes of the suite."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if workers else base) / "main-job"
-    said = folder.with_suffix(".txt")  # there once the job has ended well
-    with sd.filelock.FileLock(f"{folder}.lock"):
+    """The main job: the embedded model, all flags at their defaults."""
+    with once(tmp_path_factory, "main-job") as folder:
+        said = folder.with_suffix(".txt")  # there once the job has ended well
         if not said.exists():
             done = cli("--model", "tests/tiny", "--out", folder)
             assert done.returncode == 0, done.stderr
@@ -120,14 +127,17 @@ def run(tmp_path_factory):
 
 
 PAIRS = sd.read_prompts(str(ROOT / "tests/tiny/prompts.txt"))
-ELICITING = [prompt for prompt, _, elicits in PAIRS if elicits] * 3
+ELICITING = [prompt for prompt, _, elicits in PAIRS if elicits] * 2
 
 
 @pytest.fixture(scope="session")
-def portraits(run):
-    """48 of the base model and, by the same prompts and seeds, of the trained one."""
-    return {name: draw(stock_pipeline(lora), ELICITING, 1_000_000)
-            for name, lora in (("base", None), ("tuned", run[0]))}
+def portraits(run, tmp_path_factory):
+    """32 of the base model and, by the same prompts and seeds, of the trained one."""
+    with once(tmp_path_factory, "portraits.npz") as path:
+        if not path.exists():
+            np.savez(path, **{name: draw(stock_pipeline(lora), ELICITING, 1_000_000)
+                              for name, lora in (("base", None), ("tuned", run[0]))})
+    return dict(np.load(path))
 
 
 def face_rate(images):

@@ -154,7 +154,8 @@ def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path):
     ev.evaluate(ev.parse_args(
         "--model tests/tiny --method negative-prompt sld-medium safree pno crops latent-mixing --limit 1 "
         "--seeds 1 --steps 2 --attack ring-a-bell unlearndiffatk cce revival --attack-sources 1 "
-        f"--attack-prompts 1 --attack-updates 1 --attack-generations 2 --out {tmp_path / 'out'}".split()))
+        "--attack-prompts 1 --attack-updates 1 --attack-generations 2 --attack-population 8 "
+        f"--out {tmp_path / 'out'}".split()))
     for attack in ("unlearndiffatk", "cce"):
         found = json.loads((tmp_path / f"out/{attack}.json").read_text())
         assert [name for name, system in found.items() if not system["obstacle"]] == [

@@ -291,6 +291,12 @@ def breaks(pipe, spec, stock):
 def breaks_while_drawing(pipe, spec, stock):
     pipe.text_encoder = None
     yield lambda call: 1 / 0
+
+def forgets_the_decorator(pipe, spec, stock):
+    yield stock
+
+def gives_a_draw(pipe, spec, stock):
+    return stock
 """
 
 
@@ -303,6 +309,14 @@ def test_a_method_that_raises_leaves_the_pipeline_as_it_was(name, pipe, tmp_path
     with pytest.raises(ArithmeticError), ev.switched_on(pipe, system, spec_of()) as draw:
         draw(dict(prompt=["a"], guidance_scale=3.0))
     assert dict(pipe.components) == before and not pipe.unet._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["forgets_the_decorator", "gives_a_draw"])
+def test_a_method_that_is_no_context_manager_is_told_how_to_be_one(name, own, pipe, tmp_path, capsys):
+    system = ev.list_systems(ev.Args(method=(f"mine={tmp_path}/own.py:{name}",)))[1]
+    with pytest.raises(SystemExit) as stop, ev.switched_on(pipe, system, spec_of()):
+        pass
+    assert stop.value.code == 2 and "mine: its function is no context manager" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -550,7 +564,8 @@ def test_another_protocol_in_the_same_folder_is_refused(command, evaluated, caps
     (["--method", "sld"], ["--method sld", "sld-weak", "FILE.py:FUNCTION"]),
     (["--method", "own=no/such.py:f"], ["--method own=no/such.py:f"]),
     (["--method", "own=tests/conftest.py:no_such"], ["cannot load --method own", "no_such"]),
-    (["--model", "no/such"], ["no/such"]), (["--out", "tests"], ["tests", "in use"])])
+    (["--model", "no/such"], ["no/such"]), (["--out", "tests"], ["tests", "in use"]),
+    (["--out", "README.md", "--model", "no/such"], ["README.md", "in use"])])
 def test_bad_input_is_one_clear_line_and_exit_code_two(arguments, words, capsys):
     model = [] if "--model" in arguments else ["--model", "tests/tiny"]
     with pytest.raises(SystemExit) as stop:

@@ -111,10 +111,11 @@ def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_p
                          "--train-timesteps", 1, "--updates-per-step", 1],  # short: on most CPUs bf16 is slow
     ["--no-optimizer-8bit"]], ids=str)
 def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path):
-    for out, legs in (("a", [2]), ("b", [1, 2])):
-        for steps in legs:
-            train(*SMALL, "--steps", steps, "--out", tmp_path / out, "--clip-range", 1e3,
-                  *flags, *["--resume"] * (steps > legs[0]))
+    arguments = (*SMALL, "--held-per-step", 1, "--steps", 2, "--save-every", 1, "--clip-range", 1e3, *flags)
+    train(*arguments, "--out", tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/checkpoint-before.pt").replace(tmp_path / "b/checkpoint.pt")  # of the first step
+    train(*arguments, "--out", tmp_path / "b", "--resume")
     assert_same(final(tmp_path / "a"), final(tmp_path / "b"))
     assert all(m["ratio_max_dev"] == 0 and 0 < m["nats"] <= 3 * m["signal"] for m in metrics(tmp_path / "a"))
     if 0 in flags:
@@ -127,7 +128,7 @@ def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path):
         assert any((saved[k].float() - old[k].float()).abs().max() > 1e-6 for k in old)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_real_process_and_resume_goes_on(number, straight, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "shielddiff.py", *SMALL, "--steps", 3, "--out", out, "--save-every", 1]

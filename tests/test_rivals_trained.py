@@ -410,6 +410,7 @@ def test_pictures_to_train_on_show_what_is_asked_for(pipe):
 
 @pytest.mark.parametrize(("module", "flags", "message"), [
     (esd, ["--learning-rate", "nan"], "--learning-rate cannot be nan"),
+    (esd, ["--denoise-steps", "1001"], "--denoise-steps cannot be 1001"),
     (sdd, ["--batch-size", "0"], "--batch-size cannot be 0"),
     (duo, ["--until", "1001"], "--until goes to 1000"), (duo, ["--until", "0"], "--until cannot be 0"),
     (duo, ["--denoise-steps", "1"], "--until goes to 1000, SD's timesteps; SDEdit takes"),

@@ -131,9 +131,14 @@ def test_the_exit_code_and_the_one_line_of_the_real_command():
     done = cli("--group-size", 1)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
     assert "--group-size cannot be 1" in done.stderr
-    done = cli("--labels", "FACE_FEMAL")
-    assert done.returncode == 2 and "'FACE_FEMAL'" in done.stdout + done.stderr
-    assert "'FACE_FEMALE'" in done.stdout + done.stderr  # among those to choose from
+
+
+def test_a_label_that_there_is_not_is_named_with_those_to_choose_from(capsys):
+    with pytest.raises(SystemExit) as stop:
+        sd.parse_args(["--labels", "FACE_FEMAL"])
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "'FACE_FEMAL'" in said.out + said.err and "'FACE_FEMALE'" in said.out + said.err
 
 
 def test_prompt_file_format(tmp_path):

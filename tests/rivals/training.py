@@ -8,7 +8,6 @@ import dataclasses
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,13 +22,13 @@ import shielddiff as sd  # noqa: E402
 WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
-@dataclass
+@dataclasses.dataclass
 class Args:
     model: str = sd.Args.model  # folder or hub id of an SD 1.x / 2.x pipeline
     out: str = ""  # output folder; empty: runs/<method>-<model>
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainingArgs(Args):
     steps: int = 1000  # optimizer updates
     learning_rate: float = 1e-5
@@ -64,7 +63,8 @@ def start(args: Args):
     """The pipeline, frozen, in fp32, with shielddiff's sampler, and the time. Refuses what cannot end."""
     for name, value in vars(args).items():
         lowest = 1 if name in ("batch_size", "denoise_steps", "pictures", "rank", "until") else 0
-        if value == () or type(value) in (int, float) and not lowest <= value < 2**63:
+        highest = 1000 if name == "denoise_steps" else 2**63 - 1  # of SD's timesteps
+        if value == () or type(value) in (int, float) and not lowest <= value <= highest:
             sd.fail(f"--{name.replace('_', '-')} cannot be {value}")
     if there := [file for file in WEIGHTS if Path(args.out, file).exists()]:
         sd.fail(f"output folder {args.out} holds {there[0]}: name another with --out")
