@@ -356,7 +356,7 @@ def switched_on(pipe, system: System, spec: Spec):
     try:
         method = system.method(pipe, spec, functools.partial(stock_draw, pipe))
         if not hasattr(method, "__enter__"):
-            fail(f"--method {system.name}: its function is no context manager: lacks @contextmanager")
+            fail(f"--method {system.name}: its function is no context manager (no @contextmanager?)")
         with method as draw:
             yield draw
     finally:
