@@ -356,7 +356,7 @@ def switched_on(pipe, system: System, spec: Spec):
     try:
         method = system.method(pipe, spec, functools.partial(stock_draw, pipe))
         if not hasattr(method, "__enter__"):
-            fail(f"--method {system.name}: its function is no context manager (no @contextmanager?)")
+            fail(f"--method {system.name}: its function gives {method!r}, no context manager")
         with method as draw:
             yield draw
     finally:
@@ -788,6 +788,7 @@ def load_model(args: Args, device: str):
     diffusers.utils.logging.set_verbosity_error()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     pipe = sd.load_pipeline(args.model, dtype, device)
+    torch.backends.cudnn.enabled = args.precision != "fp32"  # as in shielddiff.py
     scheduler = pipe.scheduler = protocols.scheduler_of(args.scheduler, pipe.scheduler)
     with one_line(f"take {args.steps} --steps (take fewer)"):
         scheduler.set_timesteps(args.steps)  # its config may have an offset
@@ -797,51 +798,58 @@ def load_model(args: Args, device: str):
     return pipe
 
 
-def evaluate(args: Args):
-    """The whole evaluation."""
-    inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
-    check(args)
-    if args.benchmark:
-        list_systems(args)  # refuses what cannot be read before hours of training, not after them
-        read_sets(args, 8, collections.Counter())
-        args = eval_benchmark.prepare(args, tuple(METHODS))
+def ready(args: Args, device: str):
+    """The systems, all that stays the same, the prompt sets and notes on them. Refuses before hours of work
+    what cannot be loaded or switched on."""
     systems = list_systems(args)
     faces = any(label.startswith("FACE_") for label in args.labels)
     rival = "face_cascade" if faces else "open_nsfw"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_model(args, device)
     size, notes = pipe.unet.config.sample_size * pipe.vae_scale_factor, collections.Counter()
     sets, judges = read_sets(args, size, notes), load_judges(args, rival, device)
     pairs = [p[:2] for p in sd.read_prompts(f"{RIVALS}/pairs_{'faces' if faces else 'nudity'}.txt")]
     spec = Spec(args.concept, pairs, args.steps, args.guidance_scale, args.seed,
                 lambda images: sd.nudity_scores(judges.session, images, args.labels).numpy())
-
-    for system in systems:  # all of them, before hours of drawing
+    for system in systems:
         with switched_on(pipe, system, spec):
             pass
+    return systems, Setup(args, pipe, judges, spec, Path()), sets, notes
+
+
+def evaluate(args: Args):
+    """The whole evaluation."""
+    inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
+    check(args)
+    if args.benchmark:
+        args = eval_benchmark.plan(args, tuple(METHODS), [system.name for system in list_systems(args)])
+        known = [method for method in METHODS if method in args.method and method != "latent-guard"]  # slow
+        ready(dataclasses.replace(args, method=known), "cpu")  # training needs the GPU's memory
+        args = eval_benchmark.train(args)
+    systems, setup, sets, notes = ready(args, "cuda" if torch.cuda.is_available() else "cpu")
     sources = eval_attacks.sources(sets, args)
     training = eval_systems.training_of(systems, args.model)
     notes["systems trained against other labels than are judged"] = eval_systems.of_other_labels(
         training, args.labels)
-    protocol = protocol_of(args, pipe, systems, sets, judges, inits, training)
+    protocol = protocol_of(args, setup.pipe, systems, sets, setup.judges, inits, training)
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
     out = Path(args.out or f"evals/{Path(args.model).name}-{digest[:8]}")
-    setup, seen = Setup(args, pipe, judges, spec, out), eval_systems.trained_prompts(training)
+    setup, seen = setup._replace(out=out), eval_systems.trained_prompts(training)
     with open_folder(out, protocol):
         print(f"{', '.join(s.name for s in systems)} on {', '.join(sets)}: to {out}")
-        runs = list_runs(setup, sets, inits, protocol, size, notes)
+        runs = list_runs(setup, sets, inits, protocol, notes)
         measure(setup, systems, list_jobs(runs, args.seeds), sources, reference, seen, dict(
-            held_out_detector=rival, notes={k: v for k, v in notes.items() if v}, found_on_base={},
-            protocol=protocol))
+            held_out_detector="face_cascade" if setup.judges.face_cascade else "open_nsfw",
+            notes={k: v for k, v in notes.items() if v}, found_on_base={}, protocol=protocol))
 
 
-def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, size: int, notes: dict) -> dict:
+def list_runs(setup: Setup, sets: dict, inits: list[Path], protocol: dict, notes: dict) -> dict:
     """{set: (its rows, the pictures they start from)}: the prompt sets, these image-to-image, Ring-A-Bell."""
     runs = {name: (rows, [None]) for name, (_, rows) in sets.items()}
     for name, (_, rows) in sets.items() if inits else ():
         runs[unused(f"{name} (image to image)", runs)] = rows, inits
     if "ring-a-bell" in setup.args.attack:
         path = str(eval_attacks.ring_a_bell(setup, [row for _, rows in sets.values() for row in rows]))
+        size = setup.pipe.unet.config.sample_size * setup.pipe.vae_scale_factor
         rows = read_rows(path, dataclasses.replace(setup.args, limit=0, where=()), size, True, notes)
         name = unused("ring-a-bell", runs)
         protocol["prompt_sets"][name], runs[name] = describe(path, rows), (rows, [None])

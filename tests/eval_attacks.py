@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from eval_pictures import read_picture
 from eval_results import lines_of, unused
+from eval_systems import one_line
 from PIL import ImageOps
 from rivals.defended import denoising_loss, gradient, latents_of, new_tokens
 from rivals.revival import revived
@@ -95,8 +96,10 @@ def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list)
         if not path.exists():
             with train(setup.pipe) as style:
                 write_atomically(path, functools.partial(Path.write_bytes, data=save(style)))
+        with one_line(f"read {path} (damaged? delete it and run again)"):
+            style = load_file(path)
         for name, merged in ("revival merged", True), ("revival apart", False):
-            switch = functools.partial(fine_tuned, switched_on, train, load_file(path), merged)
+            switch = functools.partial(fine_tuned, switched_on, train, style, merged)
             yield unused(name, sets), sources, switch, path, {}
 
 
@@ -131,20 +134,21 @@ def obstacle(setup, draw, pictures: dict) -> str:
     try:
         with new_tokens(pipe, word) as (name,):
             middle, latents = pipe.scheduler.config.num_train_timesteps // 2, latents_of(pipe, images[:1])
-            gradient(denoising_loss(pipe, draw, setup.spec, [f"{name} {source}"], latents, middle,
-                                    sd.generator(0)), word)
+            slope = gradient(denoising_loss(pipe, draw, setup.spec, [f"{name} {source}"], latents, middle,
+                                            sd.generator(0)), word)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a method may fail in any way on a call that asks for no pictures
         return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    return ""
+    return "" if slope.any() else "its gradient is zero or not finite"
 
 
 def attack_systems(setup, systems: list, switched_on, name: str, jobs: list) -> dict[str, dict]:
     """OUT/<attack>.json, made as far as it is not there: {system: texts {source: its adversarial prompt},
     rows [n, d] of the new tokens in them, and the obstacle for which they are the base model's}."""
     path = setup.out / f"{name}.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with one_line(f"read {path} (damaged? delete it and run again)"):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     pictures = {} if all(s.name in found for s in systems) else base_pictures(setup, jobs)
     for system in [s for s in systems if s.name not in found]:
         with switched_on(setup.pipe, system, setup.spec) as draw:

@@ -6,12 +6,14 @@ where it was stopped: a trained rival is kept, ShieldDiff resumed, and so is the
 """
 import dataclasses
 import json
+import math
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from eval_attacks import ATTACKS
+from eval_systems import one_line
 
 import shielddiff as sd
 from shielddiff import HERE, fail
@@ -23,6 +25,7 @@ RIVALS = {"esd-u": ("unet", "esd.py"), "esd-guided": ("unet", "esd.py", "--erase
           "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
 CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
+NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch show_uncensored".split()
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
 EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--lam", "0.05"),
@@ -38,17 +41,26 @@ def run(command: list[str]):
              f"trained stays: mend it and run again")
 
 
-def keep(folder: Path, arguments: str, model: str):
-    """Says that the weights of a folder stay as they are; refuses those of another base model."""
-    path = folder / arguments
-    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read(path: Path) -> dict:
+    """The arguments of a training, if they are there."""
+    with one_line(f"read {path} (damaged? move {path.parent} away)"):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def keep(folder: Path, arguments: str, model: str, default=None):
+    """Says that the weights of a folder stay as they are, and where they were not trained by default;
+    refuses those of another base model."""
+    then = read(folder / arguments)
     other = Path(then.get("model", model))
     moved = Path(model).exists() and not other.exists()  # else two of a hub
     if str(other) != model and not moved and other.resolve() != Path(model).resolve():
         fail(f"--benchmark: {folder} was trained on {other}, not on {model}: move it away")
     older = arguments == "args.json" and {field.name for field in dataclasses.fields(sd.Args)} - set(then)
-    steps = f", of {then['steps']} steps" if "steps" in then else ""  # closed forms have none
-    print(f"{folder} is there{', by an older version' if older else ''}{steps}: delete it to train it anew")
+    said = ["by an older version"] * bool(older)
+    said += [f"of {then['steps']} steps"] * ("steps" in then)  # closed forms have none
+    said += [f"with {name} {then[name]}, not {value}" for name, value in json.loads(json.dumps(
+        default or {})).items() if name not in NOT_TOLD and then.get(name, value) != value]
+    print(f"{', '.join([f'{folder} is there', *said])}: delete it to train it anew")
 
 
 def is_trained(folder: Path) -> bool:
@@ -56,27 +68,41 @@ def is_trained(folder: Path) -> bool:
     nothing; metrics.jsonl has a line a step and is written before the weights."""
     weights, metrics, arguments = (folder / name for name in (WEIGHTS["lora"], "metrics.jsonl", "args.json"))
     return all(path.exists() for path in (weights, metrics, arguments)) and (
-        metrics.read_text().count("\n") >= json.loads(arguments.read_text())["steps"]
+        metrics.read_text().count("\n") >= read(arguments).get("steps", math.inf)
         and weights.stat().st_mtime >= metrics.stat().st_mtime)
 
 
-def prepare(args, methods: tuple[str, ...]):
-    """The arguments of the evaluation, all that it compares trained: those named by the user stay, too."""
+def defaults(args) -> tuple[bool, sd.Args]:
+    """Whether it is the embedded model, and training's defaults for it."""
+    embedded = Path(args.model).resolve() == HERE / "tests/tiny"
+    return embedded, sd.Args(**sd.TINY) if embedded else sd.Args()
+
+
+def plan(args, methods: tuple[str, ...], names: list[str]):
+    """The arguments of the evaluation, those named by the user with them, but for what is to be trained.
+    names: of the user's systems."""
+    _, default = defaults(args)
     if args.init_images or args.where:
         fail("--benchmark: some of its methods cannot start from pictures (--init-images), and its own "
              "prompts have no columns (--where)")
-    named = (*args.lora, *args.unet, *args.text_encoder, *args.method)
-    if taken := {entry.partition("=")[0] for entry in named} & {"ShieldDiff", *RIVALS}:
+    if taken := {*names} & {"ShieldDiff", *RIVALS, *methods} - {*args.method}:
         fail(f"--benchmark has a system of its own called {taken.pop()}: give yours another name")
-    methods = [method for method in methods if method not in LEFT_OUT]
-    embedded, model = Path(args.model).resolve() == HERE / "tests/tiny", Path(args.model).resolve().name
-    default = sd.Args(**sd.TINY) if embedded else sd.Args()
     if tuple(args.labels) != tuple(default.labels):
         fail(f"--benchmark trains against {', '.join(default.labels)}, and takes no other --labels")
+    methods = [method for method in methods if method not in LEFT_OUT]
+    prompts = {Path(path).resolve(): path for path in (*args.prompts, default.prompts)}
+    return dataclasses.replace(
+        args, method=(*methods, *(m for m in args.method if m not in methods)), attack=ATTACKS,
+        prompts=tuple(prompts.values()))
+
+
+def train(args):
+    """These arguments, and all that is compared trained."""
+    (embedded, default), model = defaults(args), Path(args.model).resolve().name
     clip = ["--clip-model", args.clip_model] * (args.clip_model != default.clip_model)
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
     if is_trained(ours):
-        keep(ours, "args.json", args.model)
+        keep(ours, "args.json", args.model, dataclasses.asdict(default))
     else:
         resumed = ["--resume"] * any(ours.glob("checkpoint*.pt"))
         run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed])
@@ -89,6 +115,4 @@ def prepare(args, methods: tuple[str, ...]):
                  *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
     return dataclasses.replace(
-        args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet), attack=ATTACKS,
-        method=(*methods, *(m for m in args.method if m not in methods)),
-        prompts=tuple(dict.fromkeys((*args.prompts, default.prompts))))
+        args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet))

@@ -6,6 +6,7 @@ Here every tensor of a LoRA's file is looked for in the model, and a U-Net is lo
 """
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -112,7 +113,9 @@ def load_function(path: str, flag: str) -> tuple[Callable, str]:
         found = importlib.util.spec_from_file_location(f"method {file}", file)
         module = sys.modules[found.name] = importlib.util.module_from_spec(found)  # dataclasses look there
         found.loader.exec_module(module)
-        return getattr(module, name), getattr(module, "DIFFERS", "")
+        if inspect.isgeneratorfunction(function := getattr(module, name)):
+            raise ValueError(f"{name} lacks @contextmanager")
+        return function, getattr(module, "DIFFERS", "")
 
 
 # ------------------------------------------------------------------------------------ their training

@@ -466,6 +466,15 @@ def test_a_fine_tune_in_parts_that_fit_a_gpu_is_the_same(model, astronauts, monk
     assert (found[0] - found[1]).norm() < 0.02 * (found[0] - plain).norm()
 
 
+def test_a_fine_tune_in_half_precision_learns_and_leaves_out_what_overflows(astronauts, monkeypatch):
+    pipe, texts = sd.load_pipeline(str(ROOT / "tests/tiny"), torch.float16), ["an astronaut"] * 4
+    for size, learns in (1, True), (1e3, False):  # of the target: then the gradient's is beyond fp16
+        monkeypatch.setattr(revival, "target_of", lambda *a, size=size: size * defended.target_of(*a))
+        with revival.revived(pipe, astronauts, texts, steps=2, batch=2) as style:
+            assert all(v.isfinite().all() for v in style.values())
+            assert any(v.any() for k, v in style.items() if "lora_B" in k) == learns
+
+
 def test_a_fine_tune_that_raises_leaves_the_system_its_own_u_net(model, astronauts, monkeypatch):
     own, before = model.unet, state(model)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: 1 / 0)

@@ -129,6 +129,17 @@ def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, m
     assert called == ["cce"] and read(attacked, "cce") == before
 
 
+@pytest.mark.parametrize("attack", ["cce", "revival"])
+def test_a_damaged_file_of_what_was_found_is_named(attack, inputs, tmp_path, capsys):
+    flags = (*inputs[:2], "--attack", attack, "--attack-sources", 1, "--attack-updates", 2)
+    evaluate(*flags, "--out", tmp_path / "out")
+    file, = (tmp_path / "out").glob(f"{attack}.*")
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*flags, "--out", tmp_path / "out")
+    assert stop.value.code == 2 and f"cannot read {file} (damaged?" in capsys.readouterr().err
+
+
 def test_an_attack_that_fails_leaves_the_numbers_of_what_was_drawn(tmp_path, inputs, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
@@ -197,7 +208,13 @@ def test_the_pictures_to_bring_back_are_those_that_fire_else_the_one_nearest_to_
     assert [x.shape[1:] for x in found.values()] == [(64, 64, 3)] * 2 and found["a"].dtype == np.uint8
 
 
+@contextlib.contextmanager
+def not_finite(pipe, spec, stock):
+    yield lambda call: (stock(call)[0] * torch.nan, np.zeros(1, bool))
+
+
 @pytest.mark.parametrize(("method", "words"), [
+    (not_finite, "its gradient is zero or not finite"),
     (functools.partial(latent_guard.latent_guard, epochs=1), "RuntimeError"), (pno.pno, "Error"),
     (pno.best_of_5, "Error"), (ev.with_weights, ""), (negative_prompt.negative_prompt, "")])
 def test_what_refuses_or_looks_at_pictures_cannot_be_differentiated(method, words, pipe):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import eval_benchmark
 import pytest
+import torch
 import tyro
 from conftest import ROOT
+from safetensors.torch import save_file
 
 import eval as ev
 import shielddiff as sd
@@ -36,7 +38,9 @@ def commands(monkeypatch, tmp_path):
 
 
 def prepared(*flags, model=str(ROOT / "tests/tiny")):
-    return eval_benchmark.prepare(ev.parse_args(["--model", model, "--benchmark", *flags]), tuple(ev.METHODS))
+    args = ev.parse_args(["--model", model, "--benchmark", *flags])
+    names = [entry.partition("=")[0] for entry in (*args.lora, *args.method)]
+    return eval_benchmark.train(eval_benchmark.plan(args, tuple(ev.METHODS), names))
 
 
 def parsed(commands):
@@ -75,8 +79,16 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
 
 @pytest.mark.parametrize(("flags", "words"), [
     (("--prompts", "nowhere.txt"), "cannot read prompt file nowhere.txt"),
-    (("--lora", "nowhere"), "--lora nowhere")])
+    (("--lora", "nowhere"), "--lora nowhere"), (("--lora", "x/duo"), "of its own called duo"),
+    (("--lora", "mine=x/duo"), "cannot load --lora x/duo"), (("--steps", "1001"), "1001 --steps"),
+    (("--method", "pno=own.py:f"), "of its own called pno"),
+    (("--method", "mine=own.py:bare"), "bare lacks @contextmanager"),
+    (("--clip-model", "no/clip"), "no/clip")])
 def test_what_cannot_be_read_is_refused_before_hours_of_training(flags, words, commands, capsys):
+    Path("own.py").write_text("def f(pipe, spec, stock): ...\ndef bare(pipe, spec, stock): yield stock\n")
+    file = Path("x/duo") / eval_benchmark.WEIGHTS["lora"]
+    file.parent.mkdir(parents=True)
+    save_file({"unet.nowhere.lora_A.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(SystemExit) as stop:
         ev.evaluate(ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark", *flags]))
     assert stop.value.code == 2 and words in capsys.readouterr().err and not commands
@@ -104,10 +116,33 @@ def test_what_is_there_is_kept_and_a_stopped_run_of_ours_resumed(checkpoint, com
     prepared()
     assert len(commands) == 1
     assert "runs/tiny-0 is there, by an older version, of 2 steps: delete it" in capsys.readouterr().out
-    (ours / "args.json").write_text(json.dumps(dataclasses.asdict(sd.Args(steps=2))))
+    for changes, more in ({}, ""), (
+            dict(nudity_weight=0.0, seed=3), ", with seed 3, not 0, with nudity_weight 0.0, not 1.0"):
+        written = dataclasses.asdict(sd.Args(**sd.TINY | dict(steps=2) | changes))
+        (ours / "args.json").write_text(json.dumps(written | dict(prompts=[["a", "a", True]])))
+        prepared()
+        assert len(commands) == 1
+        said = capsys.readouterr().out
+        assert f"runs/tiny-0 is there, of 2 steps{more}: delete it" in said and "uce is there: delete" in said
+
+
+@pytest.mark.parametrize(("folder", "file"), [("runs/tiny-0", "args.json"),
+                                              ("runs/rivals/uce", "training.json")])
+@pytest.mark.parametrize("content", ["{", "3"])
+def test_a_damaged_record_of_a_training_is_named(folder, file, content, commands, capsys):
     prepared()
-    assert len(commands) == 1
-    assert "runs/tiny-0 is there, of 2 steps: delete it" in capsys.readouterr().out
+    (Path("runs/tiny-0") / "metrics.jsonl").write_text("")
+    (Path(folder) / file).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        prepared()
+    assert stop.value.code == 2 and f"cannot read {folder}/{file} (damaged?" in capsys.readouterr().err
+
+
+def test_a_prompt_file_that_is_named_and_its_own_is_evaluated_once(commands, monkeypatch):
+    own = Path(sd.TINY["prompts"]).resolve()
+    monkeypatch.chdir(own.parent)
+    args = ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark", "--prompts", own.name])
+    assert [Path(p).resolve() for p in eval_benchmark.plan(args, tuple(ev.METHODS), []).prompts] == [own]
 
 
 def test_two_models_of_a_hub_that_are_called_alike_are_two(commands, capsys):

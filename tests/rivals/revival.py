@@ -32,7 +32,9 @@ def fine_tune(pipe, images, prompts: list[str], steps=60, batch=16, rate=3e-3) -
     pipe.unet.add_adapter(STYLE, adapter_name="style")
     trained = [p for n, p in pipe.unet.named_parameters() if ".style." in n]
     sd.cast_training_params(pipe.unet, torch.float32)
-    optimizer, latents = torch.optim.AdamW(trained, lr=rate), latents_of(pipe, images)  # [N, 4, h, w]
+    optimizer = torch.optim.AdamW(trained, lr=rate, eps=1e-8 / sd.LOSS_SCALE)  # gradients are small
+    scaler = torch.amp.GradScaler(pipe.device.type, sd.LOSS_SCALE, enabled=pipe.unet.dtype == torch.float16)
+    latents = latents_of(pipe, images)  # [N, 4, h, w]
     context = sd.encode_prompts(pipe, prompts)  # [2, N, 77, d]
     for _ in range(steps):
         i = torch.randint(len(latents), (batch,), generator=rng)
@@ -47,8 +49,9 @@ def fine_tune(pipe, images, prompts: list[str], steps=60, batch=16, rate=3e-3) -
                 output = pipe.unet(noisy[part], t[part], context[1 - empty, i][part].to(latents)).sample
             target = target_of(pipe, latents[i][part], noise[part], t[part])
             loss = torch.nn.functional.mse_loss(output.float(), target) * len(part) / batch
-            (loss * sd.LOSS_SCALE).backward()  # Adam does not care
-        optimizer.step()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)  # unless a gradient is not finite
+        scaler.update()
     return get_peft_model_state_dict(pipe.unet, adapter_name="style")
 
 

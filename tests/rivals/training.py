@@ -1,7 +1,6 @@
 """What the trained rivals share: the command line, loading, the optimizer, saving.
 
-Each of them is a file with Args (the defaults for Stable Diffusion), TINY (those of the embedded model), an
-objective, and train(args). The weights go to OUT/unet or, a LoRA, to OUT: at once, and last of all.
+Each has Args (Stable Diffusion's defaults), TINY (the embedded model's) and train(args), which saves at last.
 """
 import argparse
 import dataclasses
@@ -76,6 +75,7 @@ def start(args: Args):
         sd.fail(f"cannot write to {args.out}: {error}")
     pipe = sd.load_pipeline(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     pipe.scheduler = sd.ddim_scheduler(pipe.scheduler.config)
+    torch.backends.cudnn.enabled = False  # as in shielddiff.py: in fp32 it takes tens of GB of GPU memory
     return pipe, time.perf_counter()
 
 
