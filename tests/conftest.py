@@ -1,10 +1,13 @@
 """One real run and its portraits, shared by every test that looks at what a run leaves behind."""
 import contextlib
+import copy
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +30,31 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput  # noqa: E402
 
 
+def remembered(load, copied=lambda found: found):
+    """load, but once for a folder, as long as its files stay as they are: what was loaded is copied."""
+    @functools.lru_cache(maxsize=8)
+    def loaded(files, arguments, options):
+        with torch.random.fork_rng(devices=[]):
+            return load(*arguments, **dict(options))
+
+    def load_or_copy(*arguments, **options):
+        if torch.cuda.is_available() or not Path(arguments[0]).is_dir():  # test_cuda.py pretends that it is
+            return load(*arguments, **options)
+        stats = [(path, path.stat()) for path in sorted(Path(arguments[0]).rglob("*")) if path.is_file()]
+        files = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+        return copied(loaded(files, arguments, tuple(sorted(options.items()))))
+    return load_or_copy
+
+
+sd.load_pipeline = remembered(sd.load_pipeline, copy.deepcopy)
+sd.load_clip, sd.load_nudenet = remembered(sd.load_clip), functools.cache(sd.load_nudenet)
+
+
+def pytest_collection_modifyitems(items):
+    """First what needs the main job: later a process would wait for the other to end it."""
+    items.sort(key=lambda item: "run" not in getattr(item, "fixturenames", ()))
+
+
 def cli(*arguments, script="shielddiff.py", timeout=1800):
     """The real command line, as a user types it."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=ROOT, text=True,
@@ -39,8 +67,10 @@ SMALL = ("--model", "tests/tiny", "--prompts", "tests/tiny/prompts_few.txt", "--
 
 
 def train(*arguments):
-    """The command line without the ten seconds that a new process takes to import everything."""
-    sd.train(sd.parse_args(list(map(str, arguments))))
+    """The command line without the ten seconds that a new process takes to import everything, and without
+    drawing curves.png."""
+    with mock.patch.object(sd.Figure, "savefig", lambda self, path, **_: path.touch()):
+        sd.train(sd.parse_args(list(map(str, arguments))))
 
 
 def a_run(pipe, prompts=("an astronaut",), rank=4, optimizer=None, **changes):
@@ -57,9 +87,14 @@ def a_run(pipe, prompts=("an astronaut",), rank=4, optimizer=None, **changes):
     return sd.Run(args, {}, policy, pipe.vae, context, None, [], [], None, None, optimizer, None)
 
 
+@functools.cache
+def stock(kind=StableDiffusionPipeline):
+    return kind.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
+
+
 def stock_pipeline(lora=None, name=None):
     """The embedded model as a user of diffusers has it, frozen, with a LoRA or without."""
-    pipe = StableDiffusionPipeline.from_pretrained(ROOT / "tests/tiny", dtype=torch.float32)
+    pipe = copy.deepcopy(stock())
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):

@@ -5,6 +5,7 @@ index on the GPU into a tensor on the host, and NumPy of what is on the GPU rais
 what happens inside an operator or in a backward pass, half precision, 8-bit Adam, xformers: for these there
 are, where there is a GPU, the last two tests, in processes that see it.
 """
+import functools
 import importlib
 import json
 import shutil
@@ -150,9 +151,11 @@ def test_the_trained_rivals(rival, gpu, tmp_path, monkeypatch):
                  ["--model", "tests/tiny", "--out", str(tmp_path / rival), *flags])
 
 
-def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path):
+def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(sd, "load_clip", functools.cache(sd.load_clip))  # pno asks for it each time
     ev.evaluate(ev.parse_args(
-        "--model tests/tiny --method negative-prompt sld-medium safree pno crops latent-mixing --limit 1 "
+        "--model tests/tiny --method negative-prompt sld-medium safree pno crops latent-mixing "
+        "--prompts tests/tiny/prompts_few.txt --limit 1 "
         "--seeds 1 --steps 2 --attack ring-a-bell unlearndiffatk cce revival --attack-sources 1 "
         "--attack-prompts 1 --attack-updates 1 --attack-generations 2 --attack-population 8 "
         f"--out {tmp_path / 'out'}".split()))

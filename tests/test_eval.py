@@ -402,7 +402,7 @@ def command(run, tmp_path_factory):
     (folder / "photos").mkdir()
     Image.fromarray(skimage.data.astronaut()).save(folder / "photos/a.png")
     return ["--model", "tests/tiny", "--lora", f"ShieldDiff={run[0]}", "--unet", "same=tests/tiny",
-            "--method", "negative-prompt", "--method", "sld-medium", "--seeds", 2, "--steps", 2,
+            "--method", "sld-medium", "--seeds", 2, "--steps", 2,
             "--prompts", folder / "p.txt", folder / "i2p.csv", "--init-images", folder / "photos",
             "--batch-size", 3, "--attack", "ring-a-bell", "--attack-prompts", 1, "--attack-generations", 2,
             "--attack-population", 8]
@@ -431,7 +431,7 @@ def test_every_system_set_and_measure_is_there(evaluated):
     report = json.loads((out / "report.json").read_text())
     assert list(report["sets"]) == ["p", "i2p", "p (image to image)", "i2p (image to image)", "ring-a-bell"]
     for systems in report["sets"].values():
-        assert list(systems) == ["base", "ShieldDiff", "same", "negative-prompt", "sld-medium"]
+        assert list(systems) == ["base", "ShieldDiff", "same", "sld-medium"]
         for s in systems.values():
             part = s["eliciting"]
             assert set(part["nrr"]) == set(part["detect"]) == set(part["counts"]) == {"0.25", "0.45", "0.6"}
@@ -443,13 +443,13 @@ def test_every_system_set_and_measure_is_there(evaluated):
     assert benign["clip_kid"]["n"] == 4 and benign["clip_prompt_change"]["value"] != 0
     assert report["notes"] == {"rows with a guidance over 30, run as given": 1}
     assert report["headline"] in printed and "ShieldDiff" in report["headline"]
-    assert len(records(out)) == 5 * 2 * (4 + 1 + 4 + 1 + 1) == len(list(out.glob("images/**/*.png")))
-    assert Image.open(out / "pairs.png").size == (4 * 64, 5 * (64 + 14))
+    assert len(records(out)) == 4 * 2 * (4 + 1 + 4 + 1 + 1) == len(list(out.glob("images/**/*.png")))
+    assert Image.open(out / "pairs.png").size == (4 * 64, 4 * (64 + 14))
 
 
 def test_systems_differ_from_the_base_model_only_where_they_should(evaluated):
     found = records(evaluated[0])
-    for system in ("same", "ShieldDiff", "negative-prompt", "sld-medium"):
+    for system in ("same", "ShieldDiff", "sld-medium"):
         changed = [r["sha256"] != found["base", *key[1:]]["sha256"] for key, r in found.items()
                    if key[0] == system]
         assert not any(changed) if system == "same" else np.mean(changed) > 0.8, system
@@ -503,7 +503,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(command, evaluated, tmp_
     process.send_signal(signal.SIGKILL)
     process.wait()
     lines = (out / "results.jsonl").read_text().splitlines()
-    assert 30 <= len(lines) < 110 and not (out / "report.json").exists()
+    assert 30 <= len(lines) < 88 and not (out / "report.json").exists()
     (out / "results.jsonl").write_text("\n".join(lines) + '\n{"system": "ba')  # a line cut short
     missing, corrupt = sorted(out.glob("images/base/p/*.png"))[:2]
     missing.unlink()
@@ -535,10 +535,10 @@ def test_ctrl_c_is_one_line(tmp_path):
 
 def test_the_batch_size_changes_nothing(command, evaluated, tmp_path):
     other = [5 if i and command[i - 1] == "--batch-size" else a for i, a in enumerate(command)]
-    i, j = other.index("--unet"), other.index("--seeds")
-    evaluate(*other[:i], *other[j:], "--out", tmp_path / "out")  # the base model and the LoRA suffice
+    i, j = other.index("--lora"), other.index("--seeds")
+    evaluate(*other[:i], *other[j:], "--out", tmp_path / "out")  # the base model suffices
     ours, theirs = records(tmp_path / "out"), records(evaluated[0])
-    assert set(ours) == {key for key in theirs if key[0] in ("base", "ShieldDiff")}
+    assert set(ours) == {key for key in theirs if key[0] == "base"}
     for path in (tmp_path / "out").glob("images/**/*.png"):
         twin = evaluated[0] / path.relative_to(tmp_path / "out")
         difference = abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(twin)))

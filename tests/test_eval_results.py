@@ -76,7 +76,7 @@ def test_the_readme_s_i2p_and_coco_call_ends_with_every_number_and_both_pages(fi
     lora_file(bad, math.nan)
     done = cli("--model", "tests/tiny", f"--lora=mine={good}", f"--lora=broken={bad}", "--method",
                "negative-prompt", "--prompts", files / "i2p.csv", "--benign", files / "coco.csv",
-               "--limit", 6, "--by", "categories", "--where", "categories=sexual", "--seeds", 2,
+               "--limit", 3, "--by", "categories", "--where", "categories=sexual", "--seeds", 2,
                "--steps", 4, "--out", out, script="eval.py")
     assert done.returncode == 0, done.stderr
     report, found = report_of(out), records(out)
@@ -88,13 +88,13 @@ def test_the_readme_s_i2p_and_coco_call_ends_with_every_number_and_both_pages(fi
             assert part["not_finite"] == (part["pictures"] if system == "broken" else 0)
             assert (part["trained_on"]["rate"]["value"] is None) == (system == "broken")
     i2p, coco = (report["sets"][name]["mine"] for name in ("i2p", "coco"))
-    assert (i2p["eliciting"]["prompts"], coco["benign"]["pictures"]) == (6, 12) and "eliciting" not in coco
+    assert (i2p["eliciting"]["prompts"], coco["benign"]["pictures"]) == (3, 6) and "eliciting" not in coco
     assert "clip_caption_change" not in i2p["eliciting"] and "safe_and_faithful" not in i2p["eliciting"]
     assert coco["benign"]["pixel_rms"]["value"] > 0 and coco["benign"]["clip_kid"]["value"] is not None
-    assert "12 pictures by broken on i2p are not finite" in report["headline"]
+    assert "6 pictures by broken on i2p are not finite" in report["headline"]
     page = (out / "report.html").read_text()
     for text in (page, done.stdout):
-        assert "No safe caption in this file" in text and "broken (12 pictures not finite)" in text
+        assert "No safe caption in this file" in text and "broken (6 pictures not finite)" in text
     assert (out / "pairs.png").exists() and report["notes"] == {
         f"rows without a prompt, skipped ({files}/i2p.csv, 8)": 1}
     with open(files / "i2p.csv", newline="", encoding="utf-8") as file:
@@ -105,7 +105,7 @@ def test_the_readme_s_i2p_and_coco_call_ends_with_every_number_and_both_pages(fi
         assert r["file"] == str(files / "i2p.csv") and r["prompt"] == row["prompt"]
         assert "sexual" in row["categories"]
         assert r["seed"] == int(row["sd_seed"]) + 1 and r["guidance"] == float(row["sd_guidance_scale"])
-    assert len(mine) == 6 and not any((r["clip_prompt"] or r["fires"]) for key, r in found.items()
+    assert len(mine) == 3 and not any((r["clip_prompt"] or r["fires"]) for key, r in found.items()
                                       if key[0] == "broken")
 
 

@@ -80,10 +80,10 @@ def die_writing(*arguments, **__):
 
 
 @pytest.mark.parametrize(("name", "call", "death"), [
-    ("act", 3, die), ("act", 20, die), ("act", 30, die), ("policy_loss", 3, die), ("policy_loss", 7, die),
-    ("policy_loss", 12, die), ("write_bytes", 1, die_writing), ("write_bytes", 2, die_writing),
-    ("write_bytes", 4, die_writing), ("torch.save", 1, die_writing), ("torch.save", 2, die_writing),
-    ("torch.save", 4, die_writing), ("draw", 1, die), ("draw", 2, die)])
+    ("act", 3, die), ("act", 20, die), ("policy_loss", 7, die), ("policy_loss", 12, die),
+    ("write_bytes", 1, die_writing), ("write_bytes", 2, die_writing), ("write_bytes", 4, die_writing),
+    ("torch.save", 1, die_writing), ("torch.save", 2, die_writing), ("torch.save", 4, die_writing),
+    ("draw", 2, die)])  # "draw", 1 would leave what "act", 3 does: only what is on the disk counts
 def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, death, straight, tmp_path,
                                                                   monkeypatch):
     out = tmp_path / "run"
@@ -99,9 +99,8 @@ def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, de
     assert_same(final(out), straight)
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_path):
-    for steps in (first, 3):
+def test_more_steps_later_are_the_steps_of_the_longer_run(straight, tmp_path):
+    for steps in (1, 3):
         train(*SMALL, "--steps", steps, "--out", tmp_path / "run", *["--resume"] * (steps == 3))
     assert_same(final(tmp_path / "run"), straight)
 
@@ -110,7 +109,14 @@ def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_p
     ["--lora-rank", 0], ["--lora-rank", 0, "--precision", "bf16", "--denoise-steps", 2,
                          "--train-timesteps", 1, "--updates-per-step", 1],  # short: on most CPUs bf16 is slow
     ["--no-optimizer-8bit"]], ids=str)
-def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path):
+def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path, monkeypatch):
+    def small(*arguments, load=sd.load_pipeline, **options):  # 32 px
+        pipe = load(*arguments, **options)
+        pipe.unet.register_to_config(sample_size=8)
+        return pipe
+
+    if "bf16" in flags:
+        monkeypatch.setattr(sd, "load_pipeline", small)
     arguments = (*SMALL, "--held-per-step", 1, "--steps", 2, "--save-every", 1, "--clip-range", 1e3, *flags)
     train(*arguments, "--out", tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
