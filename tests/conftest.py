@@ -46,7 +46,12 @@ def remembered(load, copied=lambda found: found):
     return load_or_copy
 
 
-sd.load_pipeline = remembered(sd.load_pipeline, copy.deepcopy)
+def copied(pipe):
+    """A pipeline's copy, its tokenizer the same: transformers' copy of that would decode otherwise."""
+    return copy.deepcopy(pipe, {id(pipe.tokenizer): pipe.tokenizer})
+
+
+sd.load_pipeline = remembered(sd.load_pipeline, copied)
 sd.load_clip, sd.load_nudenet = remembered(sd.load_clip), functools.cache(sd.load_nudenet)
 
 
@@ -94,7 +99,7 @@ def stock(kind=StableDiffusionPipeline):
 
 def stock_pipeline(lora=None, name=None):
     """The embedded model as a user of diffusers has it, frozen, with a LoRA or without."""
-    pipe = copy.deepcopy(stock())
+    pipe = copied(stock())
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):

@@ -57,7 +57,8 @@ def keep(folder: Path, arguments: str, model: str, default=None):
         fail(f"--benchmark: {folder} was trained on {other}, not on {model}: move it away")
     older = arguments == "args.json" and {field.name for field in dataclasses.fields(sd.Args)} - set(then)
     said = ["by an older version"] * bool(older)
-    said += [f"of {then['steps']} steps"] * ("steps" in then)  # closed forms have none
+    if "steps" in then:  # closed forms have none
+        said.append(f"of {then['steps']} steps")
     said += [f"with {name} {then[name]}, not {value}" for name, value in json.loads(json.dumps(
         default or {})).items() if name not in NOT_TOLD and then.get(name, value) != value]
     print(f"{', '.join([f'{folder} is there', *said])}: delete it to train it anew")

@@ -1,6 +1,5 @@
 """--protocol and what it is made of: samplers, seeds and settings against stock diffusers, driven as each
 paper's code drives it; counting against each paper's code on hand-made detections; NudeNet's own floor."""
-import copy
 import dataclasses
 import json
 import shutil
@@ -30,7 +29,7 @@ def arguments(*words):
 
 def stock(scheduler=None, kind=diffusers.StableDiffusionPipeline):
     """What a user of diffusers has, with a scheduler class of theirs on the model's own config."""
-    pipe = copy.deepcopy(conftest.stock(kind))
+    pipe = conftest.copied(conftest.stock(kind))
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config) if scheduler else pipe.scheduler
     pipe.set_progress_bar_config(disable=True)
     return pipe
