@@ -17,19 +17,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from eval_benchmark import HIDDEN  # noqa: E402
 
 OUT, TRAIN, EDIT = Path("runs/sweep"), ("--learning-rate", "--steps"), ("--erase", "--lam")
+EDITS = (0.1, 0.5), (1, 0.5), (10, 0.5), (1, 0.05)
 GRID = {  # rival: (its command, the flags that are swept, their values)
-    "esd-u": (("esd.py",), TRAIN, ((3e-5, 150), (1e-4, 150), (1e-4, 50), (3e-4, 150))),
+    "esd-u": (("esd.py",), TRAIN, (
+        (3e-5, 150), (1e-4, 150), (1e-4, 50), (3e-4, 150), (3e-4, 50))),
     "esd-x": (("esd.py", "--weights", "x"), TRAIN, ((1e-4, 150), (3e-4, 150), (3e-4, 50), (1e-3, 150))),
     "sdd": (("sdd.py",), TRAIN, ((1e-4, 150), (3e-4, 150), (3e-4, 50), (1e-3, 150))),
-    "esd-guided": (("esd.py", "--erase-from", "{}", *HIDDEN), TRAIN, ((1e-4, 150), (3e-4, 150), (1e-3, 150))),
-    "sdd-guided": (("sdd.py", *HIDDEN), TRAIN, ((1e-4, 150), (3e-4, 150), (1e-3, 150))),
+    "esd-guided": (("esd.py", "--erase-from", "{}", *HIDDEN), TRAIN, (
+        (1e-4, 150), (3e-4, 150), (3e-4, 50), (1e-3, 150))),
+    "sdd-guided": (("sdd.py", *HIDDEN), TRAIN, ((1e-4, 150), (3e-4, 150), (3e-4, 50), (1e-3, 150))),
     "duo": (("duo.py", "--prior", "5e6", "--until", "750"), TRAIN, (
         (1e-4, 200), (3e-4, 200), (3e-4, 500), (1e-3, 200))),
     "duo-prior": (("duo.py",), ("--prior", "--until"), (
         (0, 750), (0, 1000), (5e2, 750), (5e2, 1000), (5e3, 1000), (5e4, 1000))),
     "safegen": (("safegen.py",), TRAIN, ((1e-4, 200), (3e-4, 200), (3e-4, 500), (1e-3, 200))),
-    "uce": (("uce.py",), EDIT, ((0.1, 0.5), (1, 0.5), (10, 0.5), (1, 0.05))),
-    "uce-guided": (("uce.py", "--edits", "guided"), EDIT, ((0.1, 0.5), (1, 0.5), (10, 0.5), (1, 0.05)))}
+    "uce": (("uce.py",), EDIT, (*EDITS, (1, 0.005), (10, 0.05))),
+    "uce-guided": (("uce.py", "--edits", "guided"), EDIT, (*EDITS, (0.01, 0.5), (0.1, 0.05)))}
 
 
 def trained(name: str) -> list[tuple[str, Path]]:
