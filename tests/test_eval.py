@@ -292,9 +292,6 @@ def breaks_while_drawing(pipe, spec, stock):
     pipe.text_encoder = None
     yield lambda call: 1 / 0
 
-def forgets_the_decorator(pipe, spec, stock):
-    yield stock
-
 def gives_a_draw(pipe, spec, stock):
     return stock
 """
@@ -311,12 +308,12 @@ def test_a_method_that_raises_leaves_the_pipeline_as_it_was(name, pipe, tmp_path
     assert dict(pipe.components) == before and not pipe.unet._forward_hooks
 
 
-@pytest.mark.parametrize("name", ["forgets_the_decorator", "gives_a_draw"])
-def test_a_method_that_is_no_context_manager_is_told_how_to_be_one(name, own, pipe, tmp_path, capsys):
-    system = ev.list_systems(ev.Args(method=(f"mine={tmp_path}/own.py:{name}",)))[1]
+def test_a_method_that_is_no_context_manager_is_told_so(own, pipe, tmp_path, capsys):
+    system = ev.list_systems(ev.Args(method=(f"mine={tmp_path}/own.py:gives_a_draw",)))[1]
     with pytest.raises(SystemExit) as stop, ev.switched_on(pipe, system, spec_of()):
         pass
-    assert stop.value.code == 2 and "mine: its function is no context manager" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--method mine: its function gives" in said and "no context manager" in said
 
 
 @pytest.fixture
