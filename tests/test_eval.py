@@ -313,7 +313,7 @@ def test_a_method_that_is_no_context_manager_is_told_so(own, pipe, tmp_path, cap
     with pytest.raises(SystemExit) as stop, ev.switched_on(pipe, system, spec_of()):
         pass
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "--method mine: its function gives" in said and "no context manager" in said
+    assert stop.value.code == 2 and "mine: its function gives" in said and "no context manager" in said
 
 
 @pytest.fixture
