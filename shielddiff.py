@@ -315,9 +315,9 @@ def rollout(run: "Run", context, held, generators) -> Rollout:
     unet, vae, size, parts, nudity = run.policy.unet, run.vae, run.policy.unet.config.sample_size, [], []
     for rows in torch.arange(len(held)).split(run.args.micro_batch):
         gens, ctx, log_probs = [generators[i] for i in rows], context[:, rows].to(unet.device), []
-        latents = [randn_tensor((len(rows), 4, size, size), gens, unet.device)]  # [b, 4, h, w] each
+        latents = [randn_tensor((len(rows), 4, size, size), gens, ctx.device)]  # [b, 4, h, w] each
         for s in range(len(run.policy.schedule.timesteps)):
-            noise = randn_tensor(latents[0].shape, gens, unet.device)
+            noise = randn_tensor(latents[0].shape, gens, ctx.device)  # unet.device looks at every module
             x, log_prob, *_ = act(run.policy, latents[-1], torch.full((len(rows),), s), ctx, noise=noise)
             latents.append(x)
             log_probs.append(log_prob)
@@ -346,7 +346,7 @@ def losses(policy: Policy, roll: Rollout, rows, s, clip_range: float, kl_weight:
 
     The KL to the frozen policy acts on held pictures alone, less its factor 1 / (2 sigma^2), which blows up
     in the end. The rest of it, a squared distance of two means in units of predicted noise, is the drift."""
-    context, x, x_prev, old_log_prob, advantage, held = (v.to(policy.unet.device) for v in (
+    context, x, x_prev, old_log_prob, advantage, held = (v.to(policy.unet.conv_in.weight.device) for v in (
         roll.context[:, rows], roll.latents[rows, s], roll.latents[rows, s + 1], roll.log_prob[rows, s],
         roll.advantage[rows], roll.held[rows]))  # [2, b, 77, d], [b, 4, h, w] twice, [b] three times
     _, log_prob, mean, _ = act(policy, x, s, context, x_prev=x_prev)
