@@ -28,9 +28,9 @@ HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "-
 NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch show_uncensored".split()
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
-EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--lam", "0.05"),
+EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase", "100", "--lam", "0.05"),
             "sdd-guided": (*HIDDEN, "--learning-rate", "3e-4"),
-            "uce-guided": ("--erase", "0.1")}  # here: the best of rivals/sweep.py
+            "uce-guided": ("--erase", "0.1", "--lam", "0.05")}  # here: the best of rivals/sweep.py
 
 
 def run(command: list[str]):

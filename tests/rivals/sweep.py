@@ -31,8 +31,9 @@ GRID = {  # rival: (its command, the flags that are swept, their values)
     "duo-prior": (("duo.py",), ("--prior", "--until"), (
         (0, 750), (0, 1000), (5e2, 750), (5e2, 1000), (5e3, 1000), (5e4, 1000))),
     "safegen": (("safegen.py",), TRAIN, ((1e-4, 200), (3e-4, 200), (3e-4, 500), (1e-3, 200))),
-    "uce": (("uce.py",), EDIT, (*EDITS, (1, 0.005), (10, 0.05))),
-    "uce-guided": (("uce.py", "--edits", "guided"), EDIT, (*EDITS, (0.01, 0.5), (0.1, 0.05)))}
+    "uce": (("uce.py",), EDIT, (*EDITS, (1, 0.005), (10, 0.05), (10, 0.005), (100, 0.05))),
+    "uce-guided": (("uce.py", "--edits", "guided"), EDIT, (
+        *EDITS, (0.01, 0.5), (0.1, 0.05), (0.01, 0.05), (0.1, 0.005)))}
 
 
 def trained(name: str) -> list[tuple[str, Path]]:
