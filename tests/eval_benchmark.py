@@ -25,6 +25,7 @@ RIVALS = {"esd-u": ("unet", "esd.py"), "esd-guided": ("unet", "esd.py", "--erase
           "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
 CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
+# of our own training: what is said otherwise, or decides nothing that is learned
 NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch show_uncensored".split()
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and

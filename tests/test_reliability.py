@@ -80,10 +80,10 @@ def die_writing(*arguments, **__):
 
 
 @pytest.mark.parametrize(("name", "call", "death"), [
-    ("act", 3, die), ("act", 20, die), ("policy_loss", 7, die), ("policy_loss", 12, die),
-    ("write_bytes", 1, die_writing), ("write_bytes", 2, die_writing), ("write_bytes", 4, die_writing),
-    ("torch.save", 1, die_writing), ("torch.save", 2, die_writing), ("torch.save", 4, die_writing),
-    ("draw", 2, die)])  # "draw", 1 would leave what "act", 3 does: only what is on the disk counts
+    ("act", 3, die), ("act", 20, die), ("act", 30, die), ("policy_loss", 3, die), ("policy_loss", 7, die),
+    ("policy_loss", 12, die), ("write_bytes", 1, die_writing), ("write_bytes", 2, die_writing),
+    ("write_bytes", 4, die_writing), ("torch.save", 1, die_writing), ("torch.save", 2, die_writing),
+    ("torch.save", 4, die_writing), ("draw", 1, die), ("draw", 2, die)])
 def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, death, straight, tmp_path,
                                                                   monkeypatch):
     out = tmp_path / "run"
@@ -99,8 +99,9 @@ def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, de
     assert_same(final(out), straight)
 
 
-def test_more_steps_later_are_the_steps_of_the_longer_run(straight, tmp_path):
-    for steps in (1, 3):
+@pytest.mark.parametrize("first", [1, 2])
+def test_more_steps_later_are_the_steps_of_the_longer_run(first, straight, tmp_path):
+    for steps in (first, 3):
         train(*SMALL, "--steps", steps, "--out", tmp_path / "run", *["--resume"] * (steps == 3))
     assert_same(final(tmp_path / "run"), straight)
 
@@ -135,7 +136,7 @@ def test_every_kind_of_weights_and_precision_resumes_too(flags, tmp_path, monkey
         assert any((saved[k].float() - old[k].float()).abs().max() > 1e-6 for k in old)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_stops_the_real_process_and_resume_goes_on(number, straight, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, ROOT / "shielddiff.py", *SMALL, "--steps", 3, "--out", out, "--save-every", 1]
