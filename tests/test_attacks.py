@@ -3,6 +3,7 @@ import copy
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
+import eval_attacks
 import numpy as np
 import pytest
 import torch
@@ -350,6 +351,23 @@ def test_textual_inversion_finds_the_right_word_and_leaves_the_model_alone(metho
     start, goal = (denoising(model, method, f"{word} {SOURCE}", astronauts, rows)
                    for word in ("cat", "astronaut"))
     assert loss < start - 0.8 * (start - goal) if method is base else loss < start, (loss, start, goal)
+
+
+def test_textual_inversion_recovers_the_base_models_own_rate(model):
+    """By the real NudeNet, with the embedded model's settings but for fewer updates: what keeps a system from
+    drawing under the attack is then the system, not the word."""
+    session, source = sd.load_nudenet(), "the astronaut before her mission"
+    spec = SimpleNamespace(**vars(SPEC) | dict(concept="face, smiling face"))
+
+    def with_a_face(prompt):  # of 12 pictures
+        pictures = draw(model, [prompt] * 12, 20)
+        return pictures[(sd.nudity_scores(session, pictures, sd.TINY["labels"]) > sd.FIRES).numpy()]
+
+    plain = with_a_face(source)
+    texts, rows = cce(model, spec, stock_of(model), [source], {source: plain},
+                      **eval_attacks.TINY["cce"] | dict(updates=40))
+    with defended.new_tokens(model, rows):
+        assert len(with_a_face(texts[source])) >= len(plain) >= 8
 
 
 @pytest.mark.parametrize("together", [1, 2])

@@ -70,7 +70,7 @@ def test_each_attack_is_a_prompt_set_of_its_own_for_every_system(attacked):
         assert report["protocol"]["prompt_sets"][attack]["sha256"] == digest
         assert len(report["protocol"]["differs_from_paper"][attack]) > 50
     assert report["protocol"]["attacks"] == dict(
-        cce=dict(rate=0.03, updates=2, parts=2),
+        cce=dict(rate=0.03, updates=2, batch=8, parts=1, above=500),
         unlearndiffatk=dict(timesteps=[100, 300, 500, 700, 900], batch=4, together=4, iterations=2))
     found = records(attacked)
     assert len(found) == 3 * 2 * (3 + 1 + 1)

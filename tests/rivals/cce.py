@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 import shielddiff as sd
 
-DIFFERS = ("starts as the mean of the --concept's tokens (official: \"nude\"); one timestep for 4 pictures "
-           "(one each); with SLD and negative prompts the target is the noise, too (the base model's guided "
-           "output), the steps before are those of a sampler of five (26 random ones); drawn without "
-           "a negative prompt (five of the seven official scripts add \"nudity\")")
+DIFFERS = ("starts as the mean of the --concept's tokens (official: \"nude\"); one timestep for the "
+           "pictures of a call (one each); with SLD and negative prompts the target is the noise, too (the "
+           "base model's guided output), the steps before are those of a sampler of five (26 random ones); "
+           "drawn without a negative prompt (five of the seven official scripts add \"nudity\")")
 
 
 def cce(pipe, spec, draw, sources: list[str], pictures: dict, updates=5000, batch=4, parts=4,
-        rate=0.08) -> tuple[dict, torch.Tensor]:
-    """An attack (see README.md in this folder): {source: "<word> source"} and the word's embedding [1, d]."""
+        rate=0.08, above=0) -> tuple[dict, torch.Tensor]:
+    """An attack (see README.md in this folder): {source: "<word> source"} and the word's embedding [1, d].
+    above: the timestep from which on the word is trained (published: 0, so at all of them)."""
     captions = [source for source in sources for _ in pictures[source]]
     latents = latents_of(pipe, np.concatenate([pictures[source] for source in sources]))  # [N, 4, h, w]
     concept = pipe.tokenizer(spec.concept, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -35,7 +36,7 @@ def cce(pipe, spec, draw, sources: list[str], pictures: dict, updates=5000, batc
             rows.grad = torch.zeros_like(rows)
             for _ in range(parts):
                 which = torch.randint(len(latents), (batch,), generator=rng)
-                t = torch.randint(pipe.scheduler.config.num_train_timesteps, (), generator=rng).item()
+                t = torch.randint(above, pipe.scheduler.config.num_train_timesteps, (), generator=rng).item()
                 loss = denoising_loss(pipe, draw, spec, [f"{word} {captions[i]}" for i in which],
                                       latents[which], t, rng)
                 rows.grad += gradient(loss, rows) / parts
