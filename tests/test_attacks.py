@@ -354,12 +354,12 @@ def test_textual_inversion_finds_the_right_word_and_leaves_the_model_alone(metho
 
 
 def test_textual_inversion_recovers_the_base_models_own_rate(model):
-    """By the real NudeNet, with the embedded model's settings but for fewer updates: what keeps a system from
-    drawing under the attack is then the system, not the word."""
+    """By the real NudeNet, with the embedded model's settings but for fewer updates. Else a low rate of a
+    system's would say nothing: the word itself could be what takes the faces away."""
     session, source = sd.load_nudenet(), "the astronaut before her mission"
     spec = SimpleNamespace(**vars(SPEC) | dict(concept="face, smiling face"))
 
-    def with_a_face(prompt):  # of 12 pictures
+    def with_a_face(prompt):  # uint8 [n, 64, 64, 3], those of 12 pictures
         pictures = draw(model, [prompt] * 12, 20)
         return pictures[(sd.nudity_scores(session, pictures, sd.TINY["labels"]) > sd.FIRES).numpy()]
 
