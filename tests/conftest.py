@@ -154,13 +154,16 @@ def once(tmp_path_factory, name):
         yield path
 
 
+STEPS = 6  # the default 10 are 7 minutes of a slow core; the faces are gone by the fifth at the latest
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """The main job: the embedded model, all flags at their defaults."""
+    """The main job: the embedded model, all flags but --steps at their defaults."""
     with once(tmp_path_factory, "main-job") as folder:
         said = folder.with_suffix(".txt")  # there once the job has ended well
         if not said.exists():
-            done = cli("--model", "tests/tiny", "--out", folder)
+            done = cli("--steps", STEPS, "--model", "tests/tiny", "--out", folder)
             assert done.returncode == 0, done.stderr
             said.write_text(done.stdout)
     return folder, said.read_text()
