@@ -1,5 +1,7 @@
 """Attacks that see the defended model (tests/rivals/README.md): their projections, gradients and clean-up."""
 import copy
+import inspect
+import sys
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -7,11 +9,12 @@ import eval_attacks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw
+from conftest import ROOT, draw, stock_pipeline
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LMSDiscreteScheduler, PNDMScheduler
 from rivals import defended, revival, safree, sld, unlearndiffatk
 from rivals.cce import cce
 from rivals.negative_prompt import negative_prompt
+from rivals.ring_a_bell import ring_a_bell
 
 import shielddiff as sd
 
@@ -329,6 +332,60 @@ def test_the_path_of_a_long_sampler_is_a_short_sampler_s_and_says_so(model, astr
 
 
 # ------------------------------------------------------------------------------------ the attacks
+def test_the_defaults_are_the_official_code_s():
+    for attack, published in (
+            (cce, dict(updates=5000, batch=4, parts=4, rate=0.08, above=0)),
+            (unlearndiffatk.unlearndiffatk, dict(tokens=5, iterations=40, timesteps=range(10, 1000, 20))),
+            (ring_a_bell, dict(tokens=16, strength=3.0, population=200))):
+        found = {name: p.default for name, p in inspect.signature(attack).parameters.items()}
+        assert found.items() >= published.items()
+
+
+def test_latents_are_the_means_of_the_posterior_scaled(astronauts):
+    pipe = stock_pipeline()
+    pipe.vae.register_to_config(scaling_factor=0.5)  # 1 in the embedded model
+    mean = pipe.vae.encode(torch.tensor(astronauts).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    torch.testing.assert_close(defended.latents_of(pipe, astronauts), 0.5 * mean)
+
+
+@pytest.mark.parametrize("attack", ["cce", "unlearndiffatk"])
+def test_each_picture_is_denoised_under_the_prompt_that_it_was_drawn_for(
+        attack, model, astronauts, monkeypatch):
+    module, pictures, seen = sys.modules[f"rivals.{attack}"], dict(a=astronauts[:1], b=astronauts[1:2]), set()
+    latents = {source: defended.latents_of(model, images)[0] for source, images in pictures.items()}
+
+    def loss_of(pipe, draw, spec, prompts, noised, *rest):
+        for prompt, x in zip(prompts, noised, strict=True):
+            assert torch.equal(x, latents[prompt[-1]])
+            seen.add(prompt[-1])
+        return defended.denoising_loss(pipe, draw, spec, prompts, noised, *rest)
+
+    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.zeros(len(images))))
+    few = dict(updates=2) if attack == "cce" else dict(iterations=1, timesteps=(500,), batch=2, together=2)
+    monkeypatch.setattr(module, "denoising_loss", loss_of)
+    eval_attacks.load(attack)(model, spec, stock_of(model), list(pictures), pictures, **few)
+    assert seen == {"a", "b"}
+
+
+def test_the_word_starts_as_the_mean_of_the_concept_s(model, astronauts):
+    spec = SimpleNamespace(**vars(SPEC) | dict(concept="cat face"))
+    _, rows = cce(model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, updates=0)
+    torch.testing.assert_close(rows, (embedding(model, "cat") + embedding(model, "face")) / 2)
+
+
+def test_a_success_fires_on_all_of_four_different_pictures_none_of_which_is_refused():
+    seeds = set()
+
+    def draw_(call, refuse=0):
+        seeds.update(generator.initial_seed() for generator in call["generator"])
+        return np.zeros((4, 8, 8, 3)), np.arange(4) < refuse
+
+    spec = SimpleNamespace(**vars(SPEC) | dict(score=lambda images: np.full(len(images), 0.8)))
+    assert unlearndiffatk.success(draw_, spec, "a") == (pytest.approx(0.8), True) and len(seeds) == 4
+    refused = unlearndiffatk.success(lambda call: draw_(call, refuse=1), spec, "a")
+    assert refused == (pytest.approx(0.6), False)
+
+
 def denoising(model, method, text, pictures, rows):
     """The attacks' own objective, over eight fixed noises and four timesteps."""
     latents = defended.latents_of(model, pictures)
@@ -436,6 +493,44 @@ def test_sources_taken_together_have_words_of_their_own_and_stop_for_themselves(
 
 
 # ------------------------------------------------------------------------------------ revival
+def test_a_fine_tune_teaches_its_prompts_its_pictures_at_all_timesteps(model, astronauts, monkeypatch):
+    """Each prompt the other's; a tenth of the captions is dropped."""
+    pictures = {"a cat": astronauts[:2], "an astronaut": draw(model, ["a cat"] * 2, 5)}
+    latents = {text: defended.latents_of(model, images) for text, images in pictures.items()}
+    empty, *states = sd.encode_prompts(model, ["", *pictures])[1]  # [77, d] each
+    contexts, seen, times, dropped = [], [], [], 0
+
+    def target_of(pipe, x, noise, t):
+        seen.extend(x)
+        times.extend(t.tolist())
+        return defended.target_of(pipe, x, noise, t)
+
+    def merge(unet, merge=revival.merge):
+        merged = merge(unet)
+        merged.register_forward_pre_hook(
+            lambda unet, given: contexts.extend(given[2]) if torch.is_grad_enabled() else None)
+        return merged
+
+    def losses():
+        return np.array([denoising(model, base, text, np.concatenate([images] * 2), [])
+                         for text, images in pictures.items()])
+
+    before = losses()
+    monkeypatch.setattr(revival, "target_of", target_of)
+    monkeypatch.setattr(revival, "merge", merge)
+    with revival.revived(model, np.concatenate([*pictures.values()]), [t for t in pictures for _ in range(2)],
+                         steps=15):
+        after = losses()
+    for x, context in zip(seen, contexts, strict=True):
+        caption, = (state for state, of in zip(states, latents.values(), strict=True)
+                    if any(torch.equal(x, own) for own in of))
+        left_out = torch.allclose(context, empty, atol=1e-5)
+        dropped += left_out
+        assert left_out or torch.allclose(context, caption, atol=1e-5)
+    assert 0 < dropped < 0.2 * len(seen)
+    assert (after < 0.9 * before).all() and min(times) < 50 and max(times) > 950, (before, after)
+
+
 PROJECTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 

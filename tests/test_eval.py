@@ -19,7 +19,7 @@ import pytest
 import skimage.data
 import torch
 from conftest import ROOT
-from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe
+from diffusers.pipelines.deprecated.stable_diffusion_safe import SafetyConfig, StableDiffusionPipelineSafe
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -151,6 +151,8 @@ def test_half_precision_draws_the_noise_of_full_precision(pipe, precision):
 @pytest.mark.parametrize("preset", sld.PRESETS)
 def test_safe_latent_diffusion_equals_diffusers_own(preset):
     """Step by step against the guidance of diffusers' (deprecated) StableDiffusionPipelineSafe, 50 steps."""
+    of_paper = dict(sld_guidance_scale=200) if preset == "sld-weak" else {}  # 20 in their code
+    assert sld.PRESETS[preset] == tuple((getattr(SafetyConfig, preset[4:].upper()) | of_paper).values())
     warmup, scale, threshold, momentum_scale, beta = sld.PRESETS[preset]
     rng = torch.Generator().manual_seed(0)
     outputs = [[torch.randn(2, 4, 4, 4, generator=rng) * 0.02 for _ in range(3)] for _ in range(18)]
@@ -186,6 +188,9 @@ def test_ring_a_bell_approaches_the_concept_with_words_that_survive_as_text(pipe
              for n in (0, 25, 25)]
     start, end, again = ((embed([text]) - target).square().mean().item() for text in found)
     assert end < start and found[1] == found[2] and again == end
+    words, rng = ring_a_bell.whole_words(pipe.tokenizer), sd.generator(spec.seed, "ring-a-bell", 0)
+    first = words[torch.randint(len(words), (40, 6), generator=rng)]  # of which start is the best
+    assert start == pytest.approx(ring_a_bell.distances(pipe, first, target[0]).min().item(), rel=1e-4)
     assert len(pipe.tokenizer(found[1]).input_ids) == 8 and not ring_a_bell.NEVER.search(" ".join(found))
 
 

@@ -188,6 +188,23 @@ def test_revival_trains_on_the_system_s_own_weights_or_puts_the_base_model_s_sty
         assert abs(image * 255 - drawn).max() < 1.5, (system, name)
 
 
+@pytest.mark.parametrize("kind", ["base", "lora", "unet", "text-encoder", "method sld"])
+def test_weights_are_fine_tuned_themselves_and_a_method_is_put_around_the_base_model_s(kind):
+    asked = []
+
+    @contextlib.contextmanager
+    def noted(what):
+        asked.append(what)
+        yield
+
+    for merged in (True, False):
+        with eval_attacks.fine_tuned(lambda *_: noted("system"), lambda pipe, style: noted(style), "base's",
+                                     merged, None, SimpleNamespace(kind=kind), None):
+            pass
+    of_weights = ["system", None, "system", "base's"]  # None: a style trained on its own weights
+    assert asked == (["base's", "system"] * 2 if kind == "method sld" else of_weights)
+
+
 # ------------------------------------------------------------------------------------ its parts
 def test_the_pictures_to_bring_back_are_those_that_fire_else_the_one_nearest_to_it(tmp_path, pipe):
     """Four pictures of two prompts, each of one grey, one not of the model's size."""

@@ -58,6 +58,7 @@ def test_on_stable_diffusion_the_rivals_know_nudity_and_the_clothed_picture(comm
         assert found[name].concept == "a woman, a man, a person" and found[name].toward == "{}, fully clothed"
     assert found["esd-guided-sd"].erase_from == "{}" and found["duo-sd"].prior == 5e6
     assert found["esd-u-sd"].toward == found["sdd-sd"].toward == "" and found["uce-sd"].lam == 0.5
+    assert found["uce-guided-sd"].edits == "guided" and found["uce-sd"].edits == "naive"
 
 
 def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands, monkeypatch):
@@ -67,6 +68,13 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
     for script, *flags in commands:
         assert Path(script).is_file()
         tyro.cli(importlib.import_module(Path(script).stem).Args, args=flags)
+    found, nouns = parsed(commands), "an astronaut, a woman in a spacesuit, a space pilot"
+    for name, erase, edits in (("uce", 100, "naive"), ("uce-guided", 0.1, "guided")):  # RESULTS.md's
+        assert (found[name].erase, found[name].lam, found[name].edits) == (erase, 0.05, edits)
+    for name, rate in (("esd-guided", 1e-4), ("sdd-guided", 3e-4)):
+        of = found[name]
+        assert (of.learning_rate, of.concept, of.toward) == (rate, nouns, "{}, face hidden")
+    assert found["esd-guided"].erase_from == "{}" and found["esd-u"].erase_from == found["sdd"].toward == ""
     methods = [method for method in ev.METHODS if method not in eval_benchmark.LEFT_OUT]
     assert args.method == (*methods, "mine=a.py:f") and args.lora[-1] == "theirs=b.safetensors"
     assert args.attack == ("ring-a-bell", "unlearndiffatk", "cce", "revival")

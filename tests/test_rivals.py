@@ -1,4 +1,5 @@
 """tests/rivals: the methods that need no training, against what each has to be whatever it is good for."""
+import functools
 import inspect
 import math
 
@@ -218,9 +219,10 @@ def test_safree_filters_the_first_steps_only_and_each_prompt_by_its_own_number(p
 
 # ------------------------------------------------------------------------------------ PNO
 def test_best_of_5_is_the_best_of_five_draws_and_one_that_passes_is_untouched(pipe, monkeypatch):
-    drawn, plain = [], stock(pipe, ASTRONAUTS)
+    drawn, noises, started, plain = [], [], [], stock(pipe, ASTRONAUTS)
 
     def recorded(call):
+        noises.append(call["latents"])
         drawn.append(ev.stock_draw(pipe, call))
         return drawn[-1][0].copy(), drawn[-1][1]
 
@@ -233,6 +235,12 @@ def test_best_of_5_is_the_best_of_five_draws_and_one_that_passes_is_untouched(pi
         five = [plain[i], *(d[0][0] for d in drawn[1 + 4 * i:5 + 4 * i])]
         assert len({p.tobytes() for p in five}) == 5 and (images[i] == min(five, key=np.mean)).all()
     assert len(drawn) == 9 and not refused.any()
+    assert len({x.sum().item() for x in noises[1:]}) == 8  # the noise of a picture is its own
+    with monkeypatch.context() as patch:
+        patch.setattr(pno, "optimise", lambda pipe, odds, call, x, *_: started.append(x) or (math.inf, None))
+        assert (draw(pipe, pno.pno, ASTRONAUTS)[0] == images).all()
+    for i, x in enumerate(started):  # from the noise of the best
+        assert (stock(pipe, ASTRONAUTS[i:i + 1], latents=x)[0] == images[i]).all()
     assert (draw(pipe, pno.pno, ASTRONAUTS, draws=1, steps=0)[0] == plain).all()
     monkeypatch.setattr(pno, "load_scorer", lambda *_: lambda images: brightness(images) - 1)
     assert (draw(pipe, pno.pno, ASTRONAUTS)[0] == plain).all()
@@ -272,6 +280,9 @@ def test_a_step_of_pno_makes_the_noise_likelier_and_moves_the_text_as_well(pipe,
     (before, text), (after, moved) = seen
     assert pno.log_likelihood(after.flatten(1)) > pno.log_likelihood(before.flatten(1)) + 1
     assert (moved < text).float().mean() > 0.9
+    content = pno.optimise(pipe, lambda p: p.mean()[None] * 1e-6 - 99, call_of(pipe, ASTRONAUTS[:1]), x,
+                           torch.Generator(), steps=5)
+    assert content[0] < 0 and len(seen) == 3  # what passes is not moved on
 
 
 def test_pno_s_penalty_by_hand():
@@ -299,18 +310,22 @@ def test_crops_at_angle_0_is_a_vote_of_equals_and_a_refused_row_is_black(pipe):
     assert len(seen) == 2 and all((s == (plain * 255).round()).all() for s in seen)
     images, refused = draw(pipe, crops.crops, prompts, spec_of(score=score), share=1.1)
     assert not refused.any() and (images == plain).all()
+    images, refused = draw(pipe, crops.crops, prompts, spec_of(score=score), share=1.1, stock=lambda call: (
+        plain, np.array([False, True, False])))
+    assert refused.tolist() == [False, True, False]  # by the model itself
 
 
 def test_crops_probes_around_the_first_noise(pipe):
     starts = []
-    call, spec = call_of(pipe, ASTRONAUTS), spec_of()
+    call = call_of(pipe, ASTRONAUTS)
+    spec = spec_of(score=lambda _: np.array([len(starts) > 3, len(starts) > 4]))
 
     def seen(call):
         starts.append(call["latents"].flatten(1).double())
         return np.zeros((2, 64, 64, 3)), np.zeros(2, bool)
 
     with crops.crops(pipe, spec, seen) as method:
-        method(call)
+        assert method(call)[1].tolist() == [True, False]  # two of four fire, and one
     first, *probes = starts
     assert len(probes) == 4 and len({probe.sum().item() for probe in probes}) == 4
     for probe in probes:
@@ -358,6 +373,9 @@ def test_latent_guard_refuses_what_names_the_concept_and_not_the_rest(pipe, guar
     assert not refused.any() and (images == plain).all()
     refused = draw(pipe, latent_guard.latent_guard, prompts, blacklist=["a cat"])[1]
     assert refused.tolist() == [False, True, False]
+    refused = draw(pipe, latent_guard.latent_guard, prompts, stock=lambda call: (
+        plain, np.array([False, False, True])))[1]
+    assert refused.tolist() == [True, False, True]  # the last by the model itself
 
 
 def test_latent_guard_s_loss_by_hand():
@@ -382,6 +400,11 @@ def test_latent_mixing_by_weight_0_is_the_stock_picture_and_by_1_the_safe_one(pi
     assert min(abs(half - plain).max(), abs(half - negative).max(), abs(plain - negative).max()) > 0.02
     apart = draw(pipe, latent_mixing.latent_mixing, ASTRONAUTS, weight=1.0, threshold=-1.0, sampling=4)[0]
     np.testing.assert_allclose(apart, plain, atol=1e-3)
+    from_picture = functools.partial(call_of, pipe, ASTRONAUTS, 5, ROOT / "tests/tiny/sheet.jpg")
+    half, unmixed = (draw(pipe, latent_mixing.latent_mixing, [], call=from_picture(), sampling=5, threshold=1,
+                          weight=weight)[0] for weight in (0.5, 0.0))
+    np.testing.assert_allclose(unmixed, ev.stock_draw(pipe, from_picture())[0], atol=1e-3)
+    assert abs(half - unmixed).max() > 0.02
 
 
 @pytest.mark.parametrize(("method", "parameters", "negative"), [

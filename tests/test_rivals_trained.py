@@ -1,8 +1,10 @@
 """The trained rivals: what each objective is, by hand and in closed form, and which weights it moves."""
 import copy
+import dataclasses
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import ROOT, cli, predicting_v, stock_pipeline
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 import shielddiff as sd
@@ -45,7 +48,125 @@ def states(pipe):
     return x, torch.tensor([900, 400]), *training.encode(pipe, ["", "a smiling face", "an astronaut"], 2)
 
 
+# ------------------------------------------------------------------------------------ what they share
+@pytest.mark.parametrize(("module", "published"), [
+    (esd, dict(steps=1000, learning_rate=1e-5, eta=1, start_guidance=3, weights="u", toward="",
+               erase_from="")),
+    (sdd, dict(steps=1500, learning_rate=1e-5, start_guidance=3, average=0.999, toward="")),
+    (duo, dict(steps=1000, learning_rate=3e-4 * 100 / 500, beta=500, prior=5e6, rank=32, until=750,
+               pictures=64, shared_timestep=False)),
+    (safegen, dict(steps=1000, learning_rate=1e-5, batch_size=5, weight=0.1, cover="mosaic",
+                   exact_target=False)),
+    (uce, dict(lam=0.5, erase=1, keep=0, edits="naive"))])
+def test_the_defaults_are_the_official_code_s(module, published):
+    assert dataclasses.asdict(module.Args()).items() >= published.items()
+
+
+def test_an_update_forgets_the_last_one_s_gradient_and_is_clipped():
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer, clips = torch.optim.SGD([weight], lr=1.0), (math.inf, math.inf, 1.0)
+    for clip, there in zip(clips, (-1.0, -2.0, -2.5), strict=True):  # a gradient of norm 2
+        training.descend(optimizer, weight.sum(), clip)
+        torch.testing.assert_close(weight.data, torch.full((4,), there))
+
+
+def test_every_step_of_every_method_and_seed_has_random_numbers_of_its_own():
+    first = [torch.rand((), generator=rng).item() for seed in (0, 1) for method in ("esd", "sdd")
+             for _, rng in training.steps(training.TrainingArgs(steps=2, seed=seed), method)]
+    assert len(set(first)) == 8
+
+
 # ------------------------------------------------------------------------------------ what is learned from
+@pytest.mark.parametrize(("keys", "strength"), [(["prompt"], None), (["prompt", "image"], 0.75)])
+def test_pictures_are_drawn_anew_from_other_noise_until_they_are_as_wanted(keys, strength, monkeypatch):
+    """Text to image, and from a picture as DUO's code has it, by strength 0.75."""
+    class Pipe:
+        components = {}
+
+        def set_progress_bar_config(self, disable):
+            pass
+
+        def __call__(self, generator, **call):
+            asked.append(call | dict(seeds=[g.initial_seed() for g in generator]))
+            return SimpleNamespace(images=np.full((len(generator), 8, 8, 3), len(asked) / 255))
+
+    asked, verdicts, seeds = [], iter([[0.9, 0.1], [0.9]] * 2), []
+    monkeypatch.setattr(drawn, "StableDiffusionImg2ImgPipeline", lambda **_: Pipe())
+    monkeypatch.setattr(sd, "nudity_scores", lambda *_: torch.tensor(next(verdicts)))
+    calls = [dict.fromkeys(keys, name) for name in "ab"]
+    for seed in (0, 1):
+        args = drawn.Args(seed=seed, guidance_scale=2.0, denoise_steps=7)
+        found = drawn.draw_judged(Pipe(), args, calls, True)
+        assert found[0].max() == 1 + 2 * seed and found[1].max() == 2 + 2 * seed
+    for call in asked:
+        assert call["num_inference_steps"] == 7 and call["guidance_scale"] == 2.0
+        assert call.get("strength") == strength
+        seeds += call["seeds"]
+    assert [call["prompt"] for call in asked] == [["a", "b"], ["b"]] * 2 and len(set(seeds)) == 6
+
+
+def test_latents_are_a_sample_of_the_vae_s_posterior_scaled():
+    pipe = stock_pipeline()
+    pipe.vae.register_to_config(scaling_factor=0.5)  # 1 in the embedded model
+    picture = np.asarray(Image.open(ROOT / "tests/tiny/sheet.jpg"))[:64, :64]
+    latents = drawn.latents_of(pipe, [picture] * 2, sd.generator(0))
+    assert latents.shape == (2, 4, 16, 16) and 0 < (latents[0] - latents[1]).abs().max() < 1
+    with torch.inference_mode():
+        pixels = pipe.vae.decode(latents / 0.5).sample
+    again = ((pixels / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
+    assert abs(again - picture).mean() < 12, abs(again - picture).mean()
+
+
+@pytest.fixture
+def descents(monkeypatch):
+    """(loss, the norm its gradient is clipped to) of every update, none of which is made."""
+    seen = []
+    monkeypatch.setattr(training, "descend", lambda optimizer, loss, clip=math.inf: seen.append(
+        (loss.item(), clip)))
+    return seen
+
+
+@pytest.mark.parametrize(("module", "clip"), [(esd, math.inf), (sdd, 1.0)])
+def test_esd_and_sdd_take_their_words_in_turn_and_start_from_what_is_taught(
+        module, clip, tmp_path, monkeypatch, descents):
+    """ESD, told from what to erase, is taught that: its states are drawn under it. SDD's under all words."""
+    asked, starts, name = [], [], "esd_target" if module is esd else "sdd_loss"
+    real = getattr(module, name)
+
+    def partly_drawn(unet, scheduler, context, args, guidance, rng):
+        starts.append((unet, context, guidance))
+        return torch.randn(2, 4, 16, 16, generator=rng), torch.tensor([500, 100])
+
+    monkeypatch.setattr(drawn, "partly_drawn", partly_drawn)
+    monkeypatch.setattr(module, name, lambda unet, x, t, *given: asked.append((unet, *given)) or real(
+        unet, x, t, *given))
+    more = dict(erase_from="{} of a man", eta=2.0) if module is esd else {}
+    trained(module, tmp_path, concept="a face, a smile", toward="{} hidden", start_guidance=5.0, **more)
+    pipe = sd.load_pipeline("tests/tiny")
+    for i, word in enumerate(("a face", "a smile")):
+        texts = "", word, f"{word} hidden", f"{word} of a man", "a face, a smile"
+        empty, concept, toward, base, joined = training.encode(pipe, texts, 2)
+        unet, *given = asked[i]
+        drawer, context, guidance = starts[i]
+        assert guidance == 5.0 and descents[i][1] == clip and drawer is not unet  # frozen, or the student
+        torch.testing.assert_close(context, torch.stack([empty, base if module is esd else joined]))
+        torch.testing.assert_close(given[:2], [toward, concept])
+        assert module is sdd or (torch.equal(given[2], base) and given[3] == 2.0)
+
+
+def test_duo_s_loss_is_the_preference_and_the_prior_of_pairs_that_stay_together(
+        tmp_path, monkeypatch, descents):
+    def losses(unet, scheduler, pairs, empty, args, rng):
+        assert (pairs[1] - pairs[0] == 10).all() and len(pairs[0].unique()) > 1
+        return torch.tensor(2.0), torch.tensor(3.0)
+
+    pairs = (torch.tensor([[0.0], [10.0]]) + torch.arange(5))[:, :, None, None, None]  # [2, 5, 1, 1, 1]
+    monkeypatch.setattr(duo, "make_pairs", lambda *_: pairs)
+    monkeypatch.setattr(duo, "duo_losses", losses)
+    duo.train(duo.Args(**duo.TINY | QUICK | dict(out=str(tmp_path), prior=10.0, batch_size=4)))
+    assert descents == [(32.0, 1.0)] * 2
+
+
 def test_of_duo_s_pairs_the_safe_picture_comes_first(pipe, monkeypatch):
     """Guided by the safe prompt away from the unsafe one; where no edit was safe there is no pair."""
     shown = [(f"p{i}", f"c{i}", np.full((8, 8, 3), i, np.uint8)) for i in range(3)]
@@ -64,17 +185,14 @@ def test_of_duo_s_pairs_the_safe_picture_comes_first(pipe, monkeypatch):
 
 def test_safegen_covers_what_shows_and_saves_the_moving_average(tmp_path, monkeypatch):
     """The loss here is the sum of the weights, so that Adam takes the same step twice; the decay is 2/11."""
-    asked = []
-
     def loss(unet, scheduler, shown, covered, benign, empty, args, rng):
-        asked.append([x.unique().item() for x in (shown, covered, benign)])
+        assert (covered - shown == 10).all() and shown.max() < 10 and benign.min() >= 20  # its own cover
         return sum(p.sum() for p in unet.parameters() if p.requires_grad)
 
-    triplets = torch.arange(3.0)[:, None, None, None, None].expand(3, 5, 4, 8, 8)
+    triplets = (torch.arange(3.0)[:, None] * 10 + torch.arange(5))[..., None, None, None]  # [3, 5, 1, 1, 1]
     monkeypatch.setattr(safegen, "make_triplets", lambda *_: triplets)
     monkeypatch.setattr(safegen, "safegen_loss", loss)
     start, saved = trained(safegen, tmp_path, learning_rate=0.01)
-    assert asked == [[0, 1, 2]] * 2
     name = min(changed(start, saved))
     once = start[name] * (1 - 1e-4) - 0.01
     twice = once * (1 - 1e-4) - 0.01
@@ -83,14 +201,24 @@ def test_safegen_covers_what_shows_and_saves_the_moving_average(tmp_path, monkey
 
 def test_safegen_s_triplets_are_a_picture_that_shows_it_covered_and_a_benign_one(pipe, monkeypatch):
     shown = drawn.draw_shown(pipe, args := safegen.Args(**safegen.TINY | dict(pictures=2, denoise_steps=8)))
+    texts = [p for p, _, elicits in sd.read_prompts(args.prompts) if not elicits]
+
+    def draw_judged(pipe, args, calls, shows):
+        assert shows is None and [call["prompt"] for call in calls] == texts[:len(calls)]
+        return {i: np.zeros((64, 64, 3), np.uint8) for i in range(len(calls))}
+
     monkeypatch.setattr(drawn, "draw_shown", lambda *_: shown)
-    monkeypatch.setattr(drawn, "draw_judged", lambda pipe, args, calls, shows: {
-        i: np.zeros((64, 64, 3), np.uint8) for i in range(len(calls))})
+    monkeypatch.setattr(drawn, "draw_judged", draw_judged)
     monkeypatch.setattr(drawn, "latents_of", lambda pipe, images, rng: torch.tensor(np.stack(images)).float())
     first, covered, benign = safegen.make_triplets(pipe, args)
     pictures = torch.tensor(np.stack([image for *_, image in shown])).float()
     assert all(any(torch.equal(a, b) for b in pictures) for a in first) and not benign.any()
     assert 0 < (first != covered).float().mean() < 0.7
+    boxes = [{"class": "FACE_MALE", "box": [9, 9, 20, 20]}, {"class": "FEET_EXPOSED", "box": [50, 50, 9, 9]}]
+    monkeypatch.setattr(safegen, "NudeDetector", lambda: SimpleNamespace(detect=lambda image: boxes))
+    first, covered, _ = safegen.make_triplets(pipe, dataclasses.replace(args, reach=1.5))
+    by_hand = [safegen.cover(image, [(9, 9, 20, 20)], "ellipse", 1.5) for *_, image in shown]
+    assert torch.equal(covered, torch.tensor(np.stack(by_hand)).float())
 
 
 def test_esd_s_target_is_the_frozen_model_s_and_sdd_starts_from_the_teacher_s_pictures(tmp_path, monkeypatch):
@@ -112,14 +240,14 @@ def test_esd_s_target_is_the_frozen_model_s_and_sdd_starts_from_the_teacher_s_pi
 
 def test_uce_keeps_the_empty_prompt_and_every_benign_one_and_no_less_than_a_tenth(tmp_path, monkeypatch):
     seen, real = [], uce.edit_matrix
-    monkeypatch.setattr(uce, "edit_matrix", lambda old, aim, kept, lam, erase, keep: seen.append((kept, keep))
-                        or real(old, aim, kept, lam, erase, keep))
-    args = uce.Args(**uce.TINY, out=str(tmp_path))
+    monkeypatch.setattr(uce, "edit_matrix", lambda old, aim, kept, *weights: seen.append((kept, *weights))
+                        or real(old, aim, kept, *weights))
+    args = uce.Args(**uce.TINY, out=str(tmp_path), lam=3.0, erase=7.0)
     uce.train(args)
     benign = [p for p, _, elicits in sd.read_prompts(args.prompts) if not elicits]
     states = uce.states(sd.load_pipeline("tests/tiny"), ["", *benign])[0].flatten(0, 1)
     assert torch.equal(seen[0][0], states)
-    assert seen[0][1] == max(0.1, 1 / (1 + len(benign)))
+    assert seen[0][1:] == (3.0, 7.0, max(0.1, 1 / (1 + len(benign))))
 
 
 # ------------------------------------------------------------------------------------ which weights move
@@ -208,6 +336,14 @@ def test_uce_aligns_the_last_words_and_all_rows_after_them(pipe):
     assert torch.equal(aim[n:], hidden[2, :77 - last[0]])
 
 
+def test_uce_s_edits_are_words_to_nothing_the_lines_of_a_file_and_nouns_to_their_safe_captions(tmp_path):
+    (tmp_path / "p.txt").write_text("a smiling cat => a cat\n")
+    args = dict(words=("x", "y"), nouns=("a dog",), safe="{} asleep", pairs=str(tmp_path / "p.txt"))
+    for edits, expected in (("naive", [("x", ""), ("y", "")]), ("pairs", [("a smiling cat", "a cat")]),
+                            ("guided", [("a dog", "a dog asleep")])):
+        assert uce.edits_of(uce.Args(**args, edits=edits)) == expected
+
+
 @pytest.mark.parametrize("edits", ["naive", "pairs", "guided"])
 def test_uce_edits_keys_and_values_and_holds_kept_prompts(pipe, tmp_path, edits):
     uce.train(uce.Args(**uce.TINY, edits=edits, out=str(tmp_path)))
@@ -248,9 +384,9 @@ def test_the_target_of_esd_is_guidance_away_from_the_concept(pipe, states):
 
 def test_esd_and_sdd_have_nothing_to_learn_where_concept_and_target_are_the_same(tmp_path):
     """The loss is zero, and Adam does not move for a zero gradient. Guided, the target is what --toward
-    says: the concept itself where that is "{}"."""
+    says: of what it is erased from where that is "{}", the concept itself."""
     assert not changed(*trained(esd, tmp_path / "naive", steps=1, eta=0.0, concept=""))
-    guided = dict(steps=1, concept="an astronaut", erase_from="{}")
+    guided = dict(steps=1, concept="a face", erase_from="an astronaut")
     assert not changed(*trained(esd, tmp_path / "guided", **guided, toward="{}"))
     assert changed(*trained(esd, tmp_path / "safe", **guided, toward="{}, face hidden"))
     assert not changed(*trained(sdd, tmp_path / "sdd", steps=1, concept="an astronaut", toward="{}"))
@@ -278,21 +414,28 @@ def test_sdd_saves_the_moving_average(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ DUO
-def test_duo_starts_at_ln_2_with_no_prior_and_moves_self_attention_alone(pipe, tmp_path):
+def test_duo_starts_at_ln_2_with_no_prior_and_moves_self_attention_alone(pipe, tmp_path, monkeypatch, states):
     unet = copy.deepcopy(pipe.unet)
     unet.add_adapter(duo.LoraConfig(r=2, init_lora_weights="gaussian", target_modules=["attn1.to_q"]))
     pairs = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     args, empty = duo.Args(**duo.TINY), training.encode(pipe, [""], 1)[0]
     preference, prior = duo.duo_losses(unet, pipe.scheduler, pairs, empty, args, sd.generator(0))
     assert preference.item() == pytest.approx(math.log(2)) and prior.item() == 0 and preference.requires_grad
-    duo.train(duo.Args(**duo.TINY | QUICK | dict(out=str(tmp_path), pictures=2, denoise_steps=8, rank=4)))
+    kept, save = [], training.save
+    monkeypatch.setattr(training, "save", lambda args, unet, *a, **k: kept.append(unet) or save(
+        args, unet, *a, **k))
+    duo.train(duo.Args(**duo.TINY | QUICK | dict(
+        out=str(tmp_path), pictures=2, denoise_steps=8, rank=4, learning_rate=0.03)))
     lora = load_file(tmp_path / training.WEIGHTS[1])
     layers = {name.removeprefix("unet.").split(".lora")[0] for name in lora}
     assert layers == {name for name, part in pipe.unet.named_modules()
                       if "attn1.to_" in name and isinstance(part, torch.nn.Linear)}
     assert all(weight.any() for weight in lora.values())
     user = stock_pipeline(tmp_path)
-    assert user.get_active_adapters()
+    with torch.no_grad():
+        in_memory, of_user, plain = (u(*states[:3]).sample for u in (kept[0], user.unet, pipe.unet))
+    torch.testing.assert_close(of_user, in_memory, rtol=1e-4, atol=1e-4)
+    assert (of_user - plain).abs().max() > 0.01
 
 
 def test_duo_prefers_the_safe_picture_and_swapping_flips_the_sign():
@@ -390,7 +533,8 @@ def test_a_cover_hides_the_box_and_nothing_else():
         hidden = safegen.cover(image, [(20, 10, 16, 24)], how, 1.0)
         inside = np.zeros((64, 64), bool)
         inside[10:35, 20:37] = True
-        assert (hidden == image)[~inside].all()
+        assert (hidden == image)[~inside].all() and (hidden[22, 28] == 128).all() == (how == "ellipse")
+        assert (safegen.cover(image, [(20, 10, 16, 24)], how, 1.5) != image)[~inside].any()
         assert len(np.unique(hidden[16:28, 24:32].reshape(-1, 3), axis=0)) <= distinct
     assert (hidden[22, 28] == hidden[23, 29]).all() and (image != hidden).any()
     at_the_edge = [(63, 10, 0, 30), (10, 64, 9, 0)]  # as NudeNet cuts them
@@ -406,6 +550,7 @@ def test_pictures_to_train_on_show_what_is_asked_for(pipe):
         scores = sd.nudity_scores(sd.load_nudenet(), np.stack(images), args.labels)
         assert len(images) >= 3 and ((scores > sd.FIRES) == fires).all()
     assert {row[:2] for row in shown} <= {row[:2] for row in sd.read_prompts(args.prompts)}
+    assert len({row[0] for row in shown}) > 1
 
 
 @pytest.mark.parametrize(("module", "flags", "message"), [

@@ -4,9 +4,10 @@ the concept to avoid, is subtracted from the prompt's, where and as much as the 
     python eval.py --method sld-medium sld-max --concept "nudity, naked, nude"
 
 Exact: the guidance (eq. 3 to 8) equals, step by step, that of diffusers' StableDiffusionPipelineSafe, by the
-authors; the four presets are theirs. Ours: the concept is --concept and not the authors' longer list; their
-warm-up of 15, 10, 7 or 0 steps is one of 50, so it is scaled to the steps taken; image-to-image, which is not
-in the paper, counts the steps it takes; of a model that predicts v the differences are made those of noise.
+authors; the four presets are theirs (weak's scale the paper's, 200, not their code's, 20). Ours: the concept
+is --concept and not the authors' longer list; their warm-up of 15, 10, 7 or 0 steps is one of 50, so it is
+scaled to the steps taken; image-to-image, which is not in the paper, counts the steps it takes; of a model
+that predicts v the differences are made those of noise.
 """
 import functools
 from contextlib import contextmanager
