@@ -336,9 +336,11 @@ def test_the_defaults_are_the_official_code_s():
     for attack, published in (
             (cce, dict(updates=5000, batch=4, parts=4, rate=0.08, above=0)),
             (unlearndiffatk.unlearndiffatk, dict(tokens=5, iterations=40, timesteps=range(10, 1000, 20))),
-            (ring_a_bell, dict(tokens=16, strength=3.0, population=200))):
+            (ring_a_bell, dict(tokens=16, strength=3.0, population=200)),
+            (revival.fine_tune, dict(steps=60, batch=16, rate=3e-3))):  # ours: what the tables are of
         found = {name: p.default for name, p in inspect.signature(attack).parameters.items()}
         assert found.items() >= published.items()
+    assert revival.STYLE.r == revival.STYLE.lora_alpha == 8
 
 
 def test_latents_are_the_means_of_the_posterior_scaled(astronauts):
@@ -367,10 +369,15 @@ def test_each_picture_is_denoised_under_the_prompt_that_it_was_drawn_for(
     assert seen == {"a", "b"}
 
 
-def test_the_word_starts_as_the_mean_of_the_concept_s(model, astronauts):
-    spec = SimpleNamespace(**vars(SPEC) | dict(concept="cat face"))
-    _, rows = cce(model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, updates=0)
-    torch.testing.assert_close(rows, (embedding(model, "cat") + embedding(model, "face")) / 2)
+def test_the_word_starts_as_the_mean_of_the_concept_s_and_decays_a_hundredth(model, astronauts):
+    """The first update of AdamW is one rate long, whatever the gradient."""
+    spec, mean = SimpleNamespace(**vars(SPEC) | dict(concept="cat face")), (
+        embedding(model, "cat") + embedding(model, "face")) / 2
+    for updates, moved in ((0, 0.0), (1, 0.5)):
+        _, rows = cce(model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, updates=updates, batch=1,
+                      parts=1, rate=0.5)
+        off = (rows - mean * (1 - 0.01 * moved)).abs()
+        torch.testing.assert_close(off, torch.full_like(off, moved), rtol=1e-3, atol=1e-6)
 
 
 def test_a_success_fires_on_all_of_four_different_pictures_none_of_which_is_refused():

@@ -267,18 +267,20 @@ def test_pno_with_steps_lowers_its_own_score_whatever_that_is(pipe):
 
 def test_a_step_of_pno_makes_the_noise_likelier_and_moves_the_text_as_well(pipe, monkeypatch):
     """The score here is the text's sum, which does not depend on the noise: so the penalty alone moves it."""
-    seen = []
+    seen, judged, likelihood = [], [], pno.log_likelihood
 
     def picture_of(pipe, x, context, call):
         seen.append((x.detach().clone(), context.detach().clone()))
         return (0 * x.sum() + context.sum()).expand(1, 2, 2, 3)
 
     monkeypatch.setattr(pno, "picture_of", picture_of)
+    monkeypatch.setattr(pno, "log_likelihood", lambda x: judged.append(len(x)) or likelihood(x))
     x = 3 * torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     pno.optimise(pipe, lambda p: p.mean()[None] * 1e-6 + 99, call_of(pipe, ASTRONAUTS[:1]), x,
                  torch.Generator(), steps=1)
     (before, text), (after, moved) = seen
-    assert pno.log_likelihood(after.flatten(1)) > pno.log_likelihood(before.flatten(1)) + 1
+    assert likelihood(after.flatten(1)) > likelihood(before.flatten(1)) + 1
+    assert judged == [1, 100]  # as it is, and in a hundred other orders
     assert (moved < text).float().mean() > 0.9
     content = pno.optimise(pipe, lambda p: p.mean()[None] * 1e-6 - 99, call_of(pipe, ASTRONAUTS[:1]), x,
                            torch.Generator(), steps=5)

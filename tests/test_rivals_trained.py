@@ -119,16 +119,16 @@ def test_latents_are_a_sample_of_the_vae_s_posterior_scaled():
 
 @pytest.fixture
 def descents(monkeypatch):
-    """(loss, the norm its gradient is clipped to) of every update, none of which is made."""
+    """(loss, the norm its gradient is clipped to, weight decay) of every update, none of which is made."""
     seen = []
     monkeypatch.setattr(training, "descend", lambda optimizer, loss, clip=math.inf: seen.append(
-        (loss.item(), clip)))
+        (loss.item(), clip, optimizer.param_groups[0]["weight_decay"])))
     return seen
 
 
-@pytest.mark.parametrize(("module", "clip"), [(esd, math.inf), (sdd, 1.0)])
+@pytest.mark.parametrize(("module", "clip", "decay"), [(esd, math.inf, 0), (sdd, 1.0, 1e-4)])
 def test_esd_and_sdd_take_their_words_in_turn_and_start_from_what_is_taught(
-        module, clip, tmp_path, monkeypatch, descents):
+        module, clip, decay, tmp_path, monkeypatch, descents):
     """ESD, told from what to erase, is taught that: its states are drawn under it. SDD's under all words."""
     asked, starts, name = [], [], "esd_target" if module is esd else "sdd_loss"
     real = getattr(module, name)
@@ -148,7 +148,8 @@ def test_esd_and_sdd_take_their_words_in_turn_and_start_from_what_is_taught(
         empty, concept, toward, base, joined = training.encode(pipe, texts, 2)
         unet, *given = asked[i]
         drawer, context, guidance = starts[i]
-        assert guidance == 5.0 and descents[i][1] == clip and drawer is not unet  # frozen, or the student
+        assert guidance == 5.0 and descents[i][1:] == (clip, decay)
+        assert drawer is not unet  # which is frozen, or the student
         torch.testing.assert_close(context, torch.stack([empty, base if module is esd else joined]))
         torch.testing.assert_close(given[:2], [toward, concept])
         assert module is sdd or (torch.equal(given[2], base) and given[3] == 2.0)
@@ -164,7 +165,7 @@ def test_duo_s_loss_is_the_preference_and_the_prior_of_pairs_that_stay_together(
     monkeypatch.setattr(duo, "make_pairs", lambda *_: pairs)
     monkeypatch.setattr(duo, "duo_losses", losses)
     duo.train(duo.Args(**duo.TINY | QUICK | dict(out=str(tmp_path), prior=10.0, batch_size=4)))
-    assert descents == [(32.0, 1.0)] * 2
+    assert descents == [(32.0, 1.0, 1e-2)] * 2
 
 
 def test_of_duo_s_pairs_the_safe_picture_comes_first(pipe, monkeypatch):
@@ -192,7 +193,11 @@ def test_safegen_covers_what_shows_and_saves_the_moving_average(tmp_path, monkey
     triplets = (torch.arange(3.0)[:, None] * 10 + torch.arange(5))[..., None, None, None]  # [3, 5, 1, 1, 1]
     monkeypatch.setattr(safegen, "make_triplets", lambda *_: triplets)
     monkeypatch.setattr(safegen, "safegen_loss", loss)
+    descend, updates = training.descend, []
+    monkeypatch.setattr(training, "descend", lambda optimizer, loss, clip: updates.append(
+        (clip, optimizer.param_groups[0]["weight_decay"])) or descend(optimizer, loss, clip))
     start, saved = trained(safegen, tmp_path, learning_rate=0.01)
+    assert updates == [(1.0, 1e-2)] * 2
     name = min(changed(start, saved))
     once = start[name] * (1 - 1e-4) - 0.01
     twice = once * (1 - 1e-4) - 0.01
