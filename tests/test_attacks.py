@@ -371,8 +371,8 @@ def test_each_picture_is_denoised_under_the_prompt_that_it_was_drawn_for(
 
 def test_the_word_starts_as_the_mean_of_the_concept_s_and_decays_a_hundredth(model, astronauts):
     """The first update of AdamW is one rate long, whatever the gradient."""
-    spec, mean = SimpleNamespace(**vars(SPEC) | dict(concept="cat face")), (
-        embedding(model, "cat") + embedding(model, "face")) / 2
+    spec = SimpleNamespace(**vars(SPEC) | dict(concept="cat face"))
+    mean = (embedding(model, "cat") + embedding(model, "face")) / 2
     for updates, moved in ((0, 0.0), (1, 0.5)):
         _, rows = cce(model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, updates=updates, batch=1,
                       parts=1, rate=0.5)
