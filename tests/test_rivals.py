@@ -304,7 +304,8 @@ def test_crops_at_angle_0_is_a_vote_of_equals_and_a_refused_row_is_black(pipe):
 
     def score(images):
         seen.append(images)
-        return np.array([0.9, 0.1, 0.9 if len(seen) == 1 else 0.1])  # half of the third's two probes fire
+        # half of the third's two probes fire
+        return np.array([sd.FIRES + 0.01, 0.1, sd.FIRES + (0.01 if len(seen) == 1 else -0.01)])
 
     images, refused = draw(pipe, crops.crops, prompts, spec_of(score=score), angle=0.0, probes=2)
     assert refused.tolist() == [True, False, True] and not images[refused].any()
@@ -320,19 +321,23 @@ def test_crops_at_angle_0_is_a_vote_of_equals_and_a_refused_row_is_black(pipe):
 def test_crops_probes_around_the_first_noise(pipe):
     starts = []
     call = call_of(pipe, ASTRONAUTS)
-    spec = spec_of(score=lambda _: np.array([len(starts) > 3, len(starts) > 4]))
 
     def seen(call):
         starts.append(call["latents"].flatten(1).double())
-        return np.zeros((2, 64, 64, 3)), np.zeros(2, bool)
+        return np.full((2, 64, 64, 3), len(starts) / 255), np.zeros(2, bool)
 
-    with crops.crops(pipe, spec, seen) as method:
+    def score(images):
+        assert (images == len(starts)).all()  # the probe's
+        return np.array([len(starts) > 3, len(starts) > 4])
+
+    with crops.crops(pipe, spec_of(score=score), seen) as method:
         assert method(call)[1].tolist() == [True, False]  # two of four fire, and one
     first, *probes = starts
     assert len(probes) == 4 and len({probe.sum().item() for probe in probes}) == 4
     for probe in probes:
         cosine = torch.cosine_similarity(probe, first)
         torch.testing.assert_close(cosine, torch.full_like(cosine, math.cos(0.3)), atol=1e-6, rtol=0)
+        assert torch.cosine_similarity(*(probe - math.cos(0.3) * first), dim=0) < 0.5  # each its own way
 
 
 def test_crops_turns_on_the_sphere():

@@ -54,7 +54,7 @@ def states(pipe):
                erase_from="")),
     (sdd, dict(steps=1500, learning_rate=1e-5, start_guidance=3, average=0.999, toward="")),
     (duo, dict(steps=1000, learning_rate=3e-4 * 100 / 500, beta=500, prior=5e6, rank=32, until=750,
-               pictures=64, shared_timestep=False)),
+               pictures=64, shared_timestep=False, guidance_scale=7.5)),
     (safegen, dict(steps=1000, learning_rate=1e-5, batch_size=5, weight=0.1, cover="mosaic",
                    exact_target=False)),
     (uce, dict(lam=0.5, erase=1, keep=0, edits="naive"))])
@@ -164,8 +164,12 @@ def test_duo_s_loss_is_the_preference_and_the_prior_of_pairs_that_stay_together(
     pairs = (torch.tensor([[0.0], [10.0]]) + torch.arange(5))[:, :, None, None, None]  # [2, 5, 1, 1, 1]
     monkeypatch.setattr(duo, "make_pairs", lambda *_: pairs)
     monkeypatch.setattr(duo, "duo_losses", losses)
-    duo.train(duo.Args(**duo.TINY | QUICK | dict(out=str(tmp_path), prior=10.0, batch_size=4)))
-    assert descents == [(32.0, 1.0, 1e-2)] * 2
+    for seed in (0, 1):
+        duo.train(duo.Args(**duo.TINY | QUICK | dict(
+            out=str(tmp_path / f"{seed}"), prior=10.0, batch_size=4, seed=seed)))
+    assert descents == [(32.0, 1.0, 1e-2)] * 4
+    one, other = (load_file(tmp_path / f"{seed}" / training.WEIGHTS[1]) for seed in (0, 1))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_of_duo_s_pairs_the_safe_picture_comes_first(pipe, monkeypatch):
@@ -249,10 +253,11 @@ def test_uce_keeps_the_empty_prompt_and_every_benign_one_and_no_less_than_a_tent
                         or real(old, aim, kept, *weights))
     args = uce.Args(**uce.TINY, out=str(tmp_path), lam=3.0, erase=7.0)
     uce.train(args)
+    uce.train(dataclasses.replace(args, keep=5.0, out=str(tmp_path / "more")))
     benign = [p for p, _, elicits in sd.read_prompts(args.prompts) if not elicits]
     states = uce.states(sd.load_pipeline("tests/tiny"), ["", *benign])[0].flatten(0, 1)
     assert torch.equal(seen[0][0], states)
-    assert seen[0][1:] == (3.0, 7.0, max(0.1, 1 / (1 + len(benign))))
+    assert seen[0][1:] == (3.0, 7.0, max(0.1, 1 / (1 + len(benign)))) and seen[1][1:] == (3.0, 7.0, 5.0)
 
 
 # ------------------------------------------------------------------------------------ which weights move
@@ -530,6 +535,10 @@ def test_safegen_predicts_plain_noise_where_nothing_is_covered(pipe, states):
     plain = error.square().mean(dim=(1, 2, 3))
     assert loss[0] == pytest.approx((0.1 * plain[0] + 0.9 * plain[1]).item(), rel=1e-5)
     assert loss[1] - loss[0] == pytest.approx(0.1 * (1 - 2 * error[0].mean().item()), rel=1e-4)
+    exact = safegen.safegen_loss(pipe.unet, pipe.scheduler, shown, shown - 1, benign, empty[:1],
+                                 dataclasses.replace(args, exact_target=True), sd.generator(3)).item()
+    share = (pipe.scheduler.alphas_cumprod[t[0]] / (1 - pipe.scheduler.alphas_cumprod[t[0]])).sqrt().item()
+    assert exact - loss[0] == pytest.approx(0.1 * share * (share - 2 * error[0].mean().item()), rel=1e-4)
 
 
 def test_a_cover_hides_the_box_and_nothing_else():
