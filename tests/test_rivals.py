@@ -159,6 +159,7 @@ def test_safree_without_a_trigger_changes_no_bit(pipe):
 def test_safree_triggers_by_hand():
     distance = torch.tensor([3.0, 1.0, 1.0])  # means of the others: 1, 2, 2
     assert safree.is_trigger(distance, 0.01).tolist() == [True, False, False]
+    assert safree.is_trigger(torch.tensor([1.0, 1.2, 1.0]), 0.01).tolist() == [False, True, False]
     assert safree.is_trigger(torch.tensor([1.0, 1.0, 1.0]), 0.0).tolist() == [True] * 3  # not below
     assert safree.is_trigger(torch.tensor([1.0]), math.inf).tolist() == [True]
 
@@ -196,8 +197,21 @@ def test_safree_s_last_step_is_by_the_mean_change_of_the_words_alone(pipe):
         cosines = [torch.cosine_similarity(states[i].double(), projected[i], dim=0) for i in range(len(ids))]
         beta = 1 - sum(cosines).item() / len(ids)
         expected = round(10 / (1 + math.exp(-5 * (10 * beta - 5.333))))
-        assert safree.filtered(pipe, prompt, states, concept, 0.01)[1] == expected
+        safe, last = safree.filtered(pipe, prompt, states, concept, 0.01)
+        changed = (safe != states).any(dim=1)
+        assert last == expected and (changed.any() or prompt != "face")  # an only word is always filtered
+        torch.testing.assert_close(safe[changed], projected[changed].float(), rtol=1e-4, atol=1e-5)
     assert inspect.signature(safree.safree).parameters["alpha"].default == 0.01
+
+
+def test_safree_s_guided_concept_is_what_the_pairs_prompts_say(pipe, monkeypatch):
+    seen, ids_of = [], safree.ids_of
+    monkeypatch.setattr(safree, "ids_of", lambda pipe, text: seen.append(text) or ids_of(pipe, text))
+    for method, phrases in ((safree.safree_guided, [prompt for prompt, _ in PAIRS]),
+                            (safree.safree, ["cat", " a dog"])):
+        with torch.no_grad(), method(pipe, spec_of(concept="cat, a dog"), None):
+            assert seen == phrases
+        seen.clear()
 
 
 def test_safree_filters_the_first_steps_only_and_each_prompt_by_its_own_number(pipe, monkeypatch):
@@ -412,6 +426,17 @@ def test_latent_mixing_by_weight_0_is_the_stock_picture_and_by_1_the_safe_one(pi
                           weight=weight)[0] for weight in (0.5, 0.0))
     np.testing.assert_allclose(unmixed, ev.stock_draw(pipe, from_picture())[0], atol=1e-3)
     assert abs(half - unmixed).max() > 0.02
+
+
+def test_latent_mixing_goes_on_in_both_streams_from_the_mixture_below_the_threshold(pipe):
+    def stock(call):
+        mix, latents = call["callback_on_step_end"], torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1, 1)
+        assert mix(pipe, 0, 801, dict(latents=latents)) == {}
+        assert (mix(pipe, 1, 800, dict(latents=latents))["latents"] == 0.5).all()
+        return np.arange(4), np.zeros(4, bool)
+
+    images, _ = draw(pipe, latent_mixing.latent_mixing, ASTRONAUTS, stock=stock)
+    assert images.tolist() == [0, 1]  # the prompts'
 
 
 @pytest.mark.parametrize(("method", "parameters", "negative"), [
