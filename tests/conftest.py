@@ -154,7 +154,7 @@ def once(tmp_path_factory, name):
         yield path
 
 
-STEPS = 6  # the default 10 are 7 minutes of a slow core; the faces are gone by the fifth at the latest
+STEPS = 6  # the default 10 are 7 minutes of a slow core; the faces are all but gone by the third
 
 
 @pytest.fixture(scope="session")
