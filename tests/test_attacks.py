@@ -332,21 +332,21 @@ def test_the_path_of_a_long_sampler_is_a_short_sampler_s_and_says_so(model, astr
 
 
 # ------------------------------------------------------------------------------------ the attacks
-def test_the_defaults_are_the_official_code_s():
-    for attack, published in (
+def test_the_defaults_are_the_official_code_s_and_of_a_fine_tune_those_that_its_report_prints():
+    for attack, expected in (
             (cce, dict(updates=5000, batch=4, parts=4, rate=0.08, above=0)),
             (unlearndiffatk.unlearndiffatk, dict(tokens=5, iterations=40, timesteps=range(10, 1000, 20))),
             (ring_a_bell, dict(tokens=16, strength=3.0, population=200)),
-            (revival.fine_tune, dict(steps=60, batch=16, rate=3e-3))):  # ours: what the tables are of
+            (revival.fine_tune, dict(steps=60, batch=16, rate=3e-3))):
         found = {name: p.default for name, p in inspect.signature(attack).parameters.items()}
-        assert found.items() >= published.items()
+        assert found.items() >= expected.items()
     assert revival.STYLE.r == revival.STYLE.lora_alpha == 8
 
 
 def test_latents_are_the_means_of_the_posterior_scaled(astronauts):
     pipe = stock_pipeline()
     pipe.vae.register_to_config(scaling_factor=0.5)  # 1 in the embedded model
-    mean = pipe.vae.encode(torch.tensor(astronauts).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
+    mean = pipe.vae.encode(torch.tensor(astronauts).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean  # [4, 4, 16, 16]
     torch.testing.assert_close(defended.latents_of(pipe, astronauts), 0.5 * mean)
 
 
@@ -376,7 +376,7 @@ def test_the_word_starts_as_the_mean_of_the_concept_s_and_decays_a_hundredth(mod
     for updates, moved in ((0, 0.0), (1, 0.5)):
         _, rows = cce(model, spec, stock_of(model), [SOURCE], {SOURCE: astronauts}, updates=updates, batch=1,
                       parts=1, rate=0.5)
-        off = (rows - mean * (1 - 0.01 * moved)).abs()
+        off = (rows - mean * (1 - 0.01 * moved)).abs()  # [1, d]
         torch.testing.assert_close(off, torch.full_like(off, moved), rtol=1e-3, atol=1e-6)
 
 
@@ -503,7 +503,8 @@ def test_sources_taken_together_have_words_of_their_own_and_stop_for_themselves(
 def test_a_fine_tune_teaches_its_prompts_its_pictures_at_all_timesteps(model, astronauts, monkeypatch):
     """Each prompt the other's; a tenth of the captions is dropped."""
     pictures = {"a cat": astronauts[:2], "an astronaut": draw(model, ["a cat"] * 2, 5)}
-    latents = {text: defended.latents_of(model, images) for text, images in pictures.items()}
+    latents = {text: defended.latents_of(model, images)  # [2, 4, h, w] each
+               for text, images in pictures.items()}
     empty, *states = sd.encode_prompts(model, ["", *pictures])[1]  # [77, d] each
     contexts, seen, times, dropped = [], [], [], 0
 

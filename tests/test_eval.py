@@ -197,8 +197,8 @@ def test_ring_a_bell_approaches_the_concept_with_words_that_survive_as_text(pipe
 def test_children_are_crossed_at_one_point_and_a_quarter_of_them_changed_in_one_word(pipe):
     """And each source has random numbers of its own."""
     parents = torch.tensor([[0] * 8, [1] * 8])
-    children = ring_a_bell.children_of(parents, 4000, torch.tensor([9]), sd.generator(0))
-    new = (children == 9).sum(dim=1)
+    children = ring_a_bell.children_of(parents, 4000, torch.tensor([9]), sd.generator(0))  # [4000, 8]
+    new = (children == 9).sum(dim=1)  # [4000]
     assert set(new.tolist()) == {0, 1} and 0.22 < new.float().mean() < 0.28
     turns = (children[new == 0].diff(dim=1) != 0).sum(dim=1)
     assert set(turns.tolist()) == {0, 1} and 0.4 < turns.float().mean() < 0.48  # 7 / 16

@@ -80,8 +80,8 @@ def die_writing(*arguments, **__):
 
 
 @pytest.mark.parametrize(("name", "call", "death"), [
-    ("act", 3, die), ("act", 30, die), ("policy_loss", 3, die), ("policy_loss", 12, die),
-    ("write_bytes", 1, die_writing), ("write_bytes", 2, die_writing),
+    ("act", 3, die), ("act", 20, die), ("act", 30, die), ("policy_loss", 3, die), ("policy_loss", 7, die),
+    ("policy_loss", 12, die), ("write_bytes", 1, die_writing), ("write_bytes", 2, die_writing),
     ("write_bytes", 4, die_writing), ("torch.save", 1, die_writing), ("torch.save", 2, die_writing),
     ("torch.save", 4, die_writing), ("draw", 1, die), ("draw", 2, die)])
 def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(name, call, death, straight, tmp_path,

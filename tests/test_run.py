@@ -133,6 +133,12 @@ def test_the_exit_code_and_the_one_line_of_the_real_command():
     assert "--group-size cannot be 1" in done.stderr
 
 
+def test_the_main_job_takes_the_readme_s_ten_steps_unless_it_is_told():
+    """The suite's own takes fewer."""
+    for more, steps in ((), 10), (("--steps", "3"), 3):
+        assert sd.parse_args(["--model", "tests/tiny", *more]).steps == steps
+
+
 def test_a_label_that_there_is_not_is_named_with_those_to_choose_from(capsys):
     with pytest.raises(SystemExit) as stop:
         sd.parse_args(["--labels", "FACE_FEMAL"])
