@@ -346,7 +346,8 @@ def test_the_defaults_are_the_official_code_s_and_of_a_fine_tune_those_that_its_
 def test_latents_are_the_means_of_the_posterior_scaled(astronauts):
     pipe = stock_pipeline()
     pipe.vae.register_to_config(scaling_factor=0.5)  # 1 in the embedded model
-    mean = pipe.vae.encode(torch.tensor(astronauts).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean  # [4, 4, 16, 16]
+    pixels = torch.tensor(astronauts).permute(0, 3, 1, 2) / 127.5 - 1  # [4, 3, 64, 64]
+    mean = pipe.vae.encode(pixels).latent_dist.mean  # [4, 4, 16, 16]
     torch.testing.assert_close(defended.latents_of(pipe, astronauts), 0.5 * mean)
 
 
