@@ -60,7 +60,7 @@ import eval_protocols as protocols  # noqa: E402
 import eval_statistics as es  # noqa: E402
 import eval_systems  # noqa: E402
 import prompt_tables as pt  # noqa: E402
-from eval_pictures import frechet, list_pictures, pixel_rms, read_picture  # noqa: E402
+from eval_pictures import add_fid, list_pictures, pixel_rms, read_picture  # noqa: E402
 from eval_report import FORMULAS, Gallery, Key, choose_pairs, write_numbers, write_report  # noqa: E402
 from eval_results import finished, parts_of, sha256, table_of, tables_of, timed, unused  # noqa: E402
 from eval_systems import load_function, one_line  # noqa: E402
@@ -659,17 +659,6 @@ def numbers_of(tables: dict, jobs: list[Job], systems: list[str], rival: str,
     return results
 
 
-def add_fid(results: dict, tables: dict, jobs: list[Job], out: Path, reference: list[Path], device):
-    """The FID of every system's finite benign pictures, with --reference."""
-    for name, (places, some) in parts_of(jobs).items():
-        for system, numbers in results[name].items():
-            if "benign" in numbers:
-                paths = [job.key(system).path(out) for job, good in zip(
-                    some, tables[some[0].set, system]["finite"][places], strict=True)
-                    if good and not job.row.elicits]
-                numbers["benign"]["fid"] = frechet(reference, paths, device)
-
-
 # ------------------------------------------------------------------------------------ 6. the evaluation
 def describe(file: str, rows: list[Row]) -> dict:
     return dict(file=file, sha256=sha256(file), prompts=len(rows), eliciting=sum(r.elicits for r in rows))
@@ -836,6 +825,8 @@ def evaluate(args: Args):
     setup, seen = setup._replace(out=out), eval_systems.trained_prompts(training)
     with open_folder(out, protocol):
         print(f"{', '.join(s.name for s in systems)} on {', '.join(sets)}: to {out}")
+        if args.benchmark:
+            eval_benchmark.in_halves(args, out, main)
         runs = list_runs(setup, sets, inits, protocol, notes)
         measure(setup, systems, list_jobs(runs, args.seeds), sources, reference, seen, dict(
             held_out_detector="face_cascade" if setup.judges.face_cascade else "open_nsfw",
@@ -891,10 +882,17 @@ def measure(setup: Setup, systems: list[System], jobs: list[Job], sources: list[
     write_report(written, now, Gallery(out, tables, judges.session, args.labels, args.show_uncensored))
 
 
-if __name__ == "__main__":
+def main(args: Args, threads: int = 0):
+    """The evaluation as a command, which ends with a line where it is stopped. threads: 0: PyTorch's own."""
     try:
-        evaluate(parse_args())
+        if threads:
+            torch.set_num_threads(threads)
+        evaluate(args)
     except KeyboardInterrupt:
         fail("stopped: run again, it goes on", code=130)
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).splitlines()[0]}: a smaller --batch-size? Run again, it goes on", code=1)
+
+
+if __name__ == "__main__":
+    main(parse_args())

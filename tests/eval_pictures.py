@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from eval_results import parts_of
 from PIL import Image, ImageOps
 
 from shielddiff import fail
@@ -66,3 +67,14 @@ def frechet(reference: list[Path], pictures: list[Path], device) -> dict:
             pixels = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)[None]
             fid.update(pixels.to(device), real=real)
     return dict(value=fid.compute().item(), n=len(pictures), n_reference=len(reference))
+
+
+def add_fid(results: dict, tables: dict, jobs: list, out: Path, reference: list[Path], device):
+    """The FID of every system's finite benign pictures, with --reference."""
+    for name, (places, some) in parts_of(jobs).items():
+        for system, numbers in results[name].items():
+            if "benign" in numbers:
+                paths = [job.key(system).path(out) for job, good in zip(
+                    some, tables[some[0].set, system]["finite"][places], strict=True)
+                    if good and not job.row.elicits]
+                numbers["benign"]["fid"] = frechet(reference, paths, device)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from eval_pictures import SUFFIXES, list_pictures, read_picture
+from eval_pictures import SUFFIXES, frechet, list_pictures, read_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -179,6 +179,6 @@ def test_reference_pictures_are_read_the_same_way(tmp_path, monkeypatch):
     fid = SimpleNamespace(FrechetInceptionDistance=Distance)
     monkeypatch.setitem(ev.sys.modules, "torchmetrics.image.fid", fid)
     grey16(0x8000).save(tmp_path / "a.png")
-    found = ev.frechet([tmp_path / "a.png"], [ROOT / "tests/tiny/sheet.jpg"], "cpu")
+    found = frechet([tmp_path / "a.png"], [ROOT / "tests/tiny/sheet.jpg"], "cpu")
     assert found == dict(value=1.5, n=1, n_reference=1) and [real for _, real in seen] == [True, False]
     assert seen[0][0].shape == (1, 3, 4, 6) and seen[0][0].dtype == torch.uint8 and (seen[0][0] == 128).all()
