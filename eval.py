@@ -882,11 +882,9 @@ def measure(setup: Setup, systems: list[System], jobs: list[Job], sources: list[
     write_report(written, now, Gallery(out, tables, judges.session, args.labels, args.show_uncensored))
 
 
-def main(args: Args, threads: int = 0):
-    """The evaluation as a command, which ends with a line where it is stopped. threads: 0: PyTorch's own."""
+def main(args: Args):
+    """The evaluation as a command: where it is stopped it ends with a line."""
     try:
-        if threads:
-            torch.set_num_threads(threads)
         evaluate(args)
     except KeyboardInterrupt:
         fail("stopped: run again, it goes on", code=130)

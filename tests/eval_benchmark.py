@@ -1,18 +1,21 @@
 """`python eval.py --benchmark`: ShieldDiff, the rivals and every attack in one evaluation.
 
 What has to be trained and is not there is trained by its own command, as anybody would: ShieldDiff to
-runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Without a GPU two
-processes then evaluate half of the systems each. Everything goes on where it was stopped: a trained rival is
-kept, ShieldDiff resumed, and so is the evaluation.
+runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). The embedded model
+is then evaluated by two processes where there is no GPU. Everything goes on where it was stopped: a trained
+rival is kept, ShieldDiff resumed, and so is the evaluation.
 """
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -47,7 +50,7 @@ def run(command: list[str]):
 
 
 def read(path: Path) -> dict:
-    """The arguments of a training, if they are there."""
+    """A JSON object of a file, empty where there is none."""
     with one_line(f"read {path} (damaged? move {path.parent} away)"):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
@@ -125,45 +128,60 @@ def train(args):
 
 
 def in_halves(args, out: Path, main):
-    """Fill OUT by two processes main(args, threads), each with every other system and half of the threads, as
-    on a CPU two threads are a quarter faster than one: what is drawn at once is small. Nothing is done where
-    there is a GPU or one thread, or results.jsonl is there already."""
-    threads = torch.get_num_threads() // 2
-    if torch.cuda.is_available() or not threads or (out / "results.jsonl").exists():
-        return
-    kinds = "lora", "unet", "text_encoder", "method"
+    """Fill OUT by two processes main(args) with every other system and half of the threads each: what the
+    embedded model draws at once is so small that a second thread makes it but a quarter faster. Nothing is
+    done for another model, with a GPU or one thread, or where OUT has results."""
+    halves, threads = (out / "half-0", out / "half-1"), torch.get_num_threads() // 2
+    if defaults(args)[0] and threads and not torch.cuda.is_available():
+        if not (out / "results.jsonl").exists():
+            evaluate_halves(args, halves, threads, main)
+            unite(halves, out)
+        for half in halves:
+            shutil.rmtree(half, ignore_errors=True)
+
+
+def evaluate_halves(args, halves: tuple[Path, Path], threads: int, main):
+    """Run both halves; exits where one failed."""
+    kinds, processes = ("lora", "unet", "text_encoder", "method"), []
     systems = [(kind, entry) for kind in kinds for entry in getattr(args, kind)]
-    halves, processes = [out / "half-0", out / "half-1"], []
     for n, half in enumerate(halves):
         some = {kind: tuple(entry for k, entry in systems[n::2] if k == kind) for kind in kinds}
+        part = dataclasses.replace(args, benchmark=False, out=str(half), **some)
         processes.append(multiprocessing.get_context("spawn").Process(  # forked, OpenMP's threads would hang
-            target=main, daemon=True,
-            args=(dataclasses.replace(args, benchmark=False, out=str(half), **some), threads)))
+            target=one_half, args=(main, part, threads), daemon=True))
         processes[-1].start()
     for process in processes:
         process.join()
     for process, half in zip(processes, halves, strict=True):
         if code := process.exitcode:
             fail(f"--benchmark: the evaluation in {half} ended with code {code}: run again, it goes on")
-    unite(halves, out)
 
 
-def unite(halves: list[Path], out: Path):
-    """Move what evaluations of other systems by the same protocol hold to OUT. Both have the base model: the
-    first one's stays. results.jsonl comes last: with it all is there."""
+def one_half(main, args, threads: int):
+    """main(args), silent but for errors and progress, as all will be said of both halves together. It ends
+    with the process that started this one, however that ends."""
+    def end_with_it():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+    torch.set_num_threads(threads)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        main(args)
+
+
+def unite(halves: tuple[Path, Path], out: Path):
+    """Copy to OUT what two evaluations of other systems by the same protocol hold. Both have the base model,
+    of which the first one's stays. results.jsonl comes last: with it all is there."""
     for half in reversed(halves):
-        for name in ("ring-a-bell.txt", "revival.safetensors"):
-            shutil.copy(half / name, out)
         shutil.copytree(half / "images", out / "images", dirs_exist_ok=True)
+        for path in *half.glob("*.txt"), *half.glob("*.safetensors"):  # of Ring-A-Bell and revival
+            shutil.copy(path, out)
     for attack in DEFENDED:
-        found = {}
-        for half in reversed(halves):
-            found |= json.loads((half / f"{attack}.json").read_text(encoding="utf-8"))
-        write_text(out / f"{attack}.json", json.dumps(found, indent=1))
+        if found := read(halves[1] / f"{attack}.json") | read(halves[0] / f"{attack}.json"):
+            write_text(out / f"{attack}.json", json.dumps(found, indent=1))
     for name in ("seconds.jsonl", "results.jsonl"):
         write_text(out / name, "".join((half / name).read_text(encoding="utf-8") for half in halves))
-    for half in halves:
-        shutil.rmtree(half)
 
 
 def write_text(path: Path, text: str):

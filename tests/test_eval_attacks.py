@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import eval_attacks
+import eval_benchmark
 import numpy as np
 import pytest
 import torch
@@ -127,6 +128,38 @@ def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, m
     (attacked / "cce.json").write_text(json.dumps({k: v for k, v in before.items() if k != "noisy"}))
     evaluate(*inputs, "--out", attacked)
     assert called == ["cce"] and read(attacked, "cce") == before
+
+
+def test_two_processes_of_half_of_the_systems_find_what_one_does(attacked, inputs, tmp_path, monkeypatch):
+    """As --benchmark does it, here without what it adds and trains."""
+    out, threads = tmp_path / "out", torch.get_num_threads()
+    monkeypatch.setattr(eval_benchmark, "plan", lambda args, *_: args)
+    monkeypatch.setattr(eval_benchmark, "train", lambda args: args)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for module, name in (cce, "cce"), (unlearndiffatk, "unlearndiffatk"), (ev, "write"):
+        monkeypatch.setattr(module, name, None)  # this process finds all attacked, drawn and scored
+    evaluate(*inputs, "--benchmark", "--out", out)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert not [*out.glob("half-*")]
+    ours, one = records(out), records(attacked)
+    drawn = [json.loads(line)["system"] for line in (out / "seconds.jsonl").read_text().splitlines()]
+    assert drawn.count("base") == 2 * drawn.count("noisy") == 2 * drawn.count("crops") > 0
+    assert list(ours) == sorted(ours, key=lambda key: SYSTEMS.index(key[0])) and ours.keys() == one.keys()
+    for key, record in ours.items():
+        assert record["raw"] == pytest.approx(one[key]["raw"], abs=0.01), key
+        assert record["pixel_rms"] == pytest.approx(one[key]["pixel_rms"], abs=0.1), key
+        assert record["sha256"] == hashlib.sha256(ev.Key(*key).path(out).read_bytes()).hexdigest()
+    for attack in ATTACKS:
+        found, alone = read(out, attack), read(attacked, attack)
+        assert {s: (f["texts"], f["obstacle"]) for s, f in found.items()} == {
+            s: (f["texts"], f["obstacle"]) for s, f in alone.items()}
+    report, alone = read(out, "report"), read(attacked, "report")
+    assert report["found_on_base"] == alone["found_on_base"]
+    assert {name: list(part) for name, part in report["sets"].items()} == dict.fromkeys(
+        alone["sets"], SYSTEMS)
+    written = (out / "results.jsonl").read_bytes()
+    evaluate(*inputs, "--benchmark", "--out", out)
+    assert (out / "results.jsonl").read_bytes() == written and not [*out.glob("half-*")]
 
 
 @pytest.mark.parametrize("attack", ["cce", "revival"])

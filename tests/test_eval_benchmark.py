@@ -3,6 +3,9 @@ import dataclasses
 import importlib
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import eval_benchmark
@@ -203,6 +206,70 @@ def test_what_some_of_it_could_not_do_is_refused_before_training(commands, capsy
 def test_another_clip_is_training_s_too(commands):
     prepared("--clip-model", "my/clip")
     assert commands[0][-2:] == ["--clip-model", "my/clip"] and "--clip-model" not in sum(commands[1:], [])
+
+
+WAITS = """
+import multiprocessing, os, sys, time
+sys.path[:0] = {paths!r}
+import eval_benchmark
+
+def main(path):
+    with open(path + ".part", "w") as file:
+        file.write(str(os.getpid()))
+    os.replace(path + ".part", path)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(
+        target=eval_benchmark.one_half, args=(main, sys.argv[1], 1))
+    process.start()
+    process.join()
+"""
+
+
+def wait_for(what):
+    end = time.monotonic() + 120
+    while not what() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert what()
+
+
+def is_running(stat):
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_half_ends_with_the_process_that_started_it_also_where_that_is_killed(tmp_path):
+    said = tmp_path / "pid"
+    (tmp_path / "waits.py").write_text(WAITS.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    with subprocess.Popen([sys.executable, tmp_path / "waits.py", said]) as parent:
+        wait_for(said.exists)
+        half = Path(f"/proc/{said.read_text()}/stat")
+        assert is_running(half)
+        parent.kill()
+    wait_for(lambda: not is_running(half))
+
+
+def test_a_half_that_fails_is_named_and_nothing_of_the_halves_is_lost(tmp_path, monkeypatch, capsys):
+    """Neither finds the method's file, as it is in no folder of theirs."""
+    args = ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--method", f"mine={tmp_path}/no.py:f"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit) as stop:
+        eval_benchmark.in_halves(args, tmp_path / "out", ev.main)
+    assert stop.value.code == 2 and "half-0 ended with code 2: run again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changes", "threads"), [(dict(model="some/sd"), 2), ({}, 1), ({}, 2)])
+def test_one_process_goes_on_where_two_would_not_pay_or_there_are_results(
+        changes, threads, tmp_path, monkeypatch):
+    if not changes and threads == 2:
+        put(tmp_path / "results.jsonl")
+        put(tmp_path / "half-1/images/a.png")  # by a run that was killed as it removed what it had copied
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    args = dataclasses.replace(ev.Args(**ev.TINY), **changes)
+    assert eval_benchmark.in_halves(args, tmp_path, None) is None and not [*tmp_path.glob("half-*")]
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):

@@ -399,6 +399,18 @@ def test_latent_guard_refuses_what_names_the_concept_and_not_the_rest(pipe, guar
     assert refused.tolist() == [True, False, True]  # the last by the model itself
 
 
+@torch.no_grad()
+def test_one_in_twenty_of_latent_guard_s_prompts_without_the_concept_is_above_its_threshold(pipe, guard):
+    """By the nearer of the concept's two names: prompts of other nouns, and safe ones of all."""
+    layer, threshold = guard
+    nouns = (ROOT / "tests/rivals/nouns.txt").read_text().splitlines()
+    without = *nouns, *(safe for _, safe in PAIRS), *[latent_guard.NOTHING] * len(nouns)
+    prompts, names = (latent_guard.states(pipe, texts) for texts in (
+        [frame.format(text) for text in without for frame in latent_guard.FRAMES], ["face", "smiling face"]))
+    scores = layer(prompts, names[:, 0])
+    assert threshold == pytest.approx(scores.amax(dim=1).quantile(0.95).item(), rel=1e-4)
+
+
 def test_latent_guard_s_loss_by_hand():
     unsafe, safe = torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.5, 2.0], [0.0, 1.5]])
     rows = [math.exp(2) + math.exp(0) + math.exp(2) + math.exp(1.5),
