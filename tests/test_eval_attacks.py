@@ -144,7 +144,7 @@ def test_two_processes_of_half_of_the_systems_find_what_one_does(attacked, input
     ours, one = records(out), records(attacked)
     drawn = [json.loads(line)["system"] for line in (out / "seconds.jsonl").read_text().splitlines()]
     assert drawn.count("base") == 2 * drawn.count("noisy") == 2 * drawn.count("crops") > 0
-    assert list(ours) == sorted(ours, key=lambda key: SYSTEMS.index(key[0])) and ours.keys() == one.keys()
+    assert ours.keys() == one.keys()
     for key, record in ours.items():
         assert record["raw"] == pytest.approx(one[key]["raw"], abs=0.01), key
         assert record["pixel_rms"] == pytest.approx(one[key]["pixel_rms"], abs=0.1), key
