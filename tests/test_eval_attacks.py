@@ -132,14 +132,13 @@ def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, m
 
 def test_two_processes_of_half_of_the_systems_find_what_one_does(attacked, inputs, tmp_path, monkeypatch):
     """As --benchmark does it, here without what it adds and trains."""
-    out, threads = tmp_path / "out", torch.get_num_threads()
+    out = tmp_path / "out"
     monkeypatch.setattr(eval_benchmark, "plan", lambda args, *_: args)
     monkeypatch.setattr(eval_benchmark, "train", lambda args: args)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for module, name in (cce, "cce"), (unlearndiffatk, "unlearndiffatk"), (ev, "write"):
         monkeypatch.setattr(module, name, None)  # this process finds all attacked, drawn and scored
     evaluate(*inputs, "--benchmark", "--out", out)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert not [*out.glob("half-*")]
     ours, one = records(out), records(attacked)
     drawn = [json.loads(line)["system"] for line in (out / "seconds.jsonl").read_text().splitlines()]

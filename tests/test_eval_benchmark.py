@@ -252,13 +252,17 @@ def test_a_half_ends_with_the_process_that_started_it_also_where_that_is_killed(
     wait_for(lambda: not is_running(half))
 
 
-def test_a_half_that_fails_is_named_and_nothing_of_the_halves_is_lost(tmp_path, monkeypatch, capsys):
-    """Neither finds the method's file, as it is in no folder of theirs."""
-    args = ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--method", f"mine={tmp_path}/no.py:f"])
+def test_a_half_that_fails_is_named_and_what_the_halves_hold_stays(tmp_path, monkeypatch, capsys):
+    """Both folders are in use by something else."""
+    args = ev.parse_args(["--model", str(ROOT / "tests/tiny")])
+    held = [tmp_path / f"out/half-{n}/a.txt" for n in range(2)]
+    for path in held:
+        put(path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(SystemExit) as stop:
         eval_benchmark.in_halves(args, tmp_path / "out", ev.main)
     assert stop.value.code == 2 and "half-0 ended with code 2: run again" in capsys.readouterr().err
+    assert all(path.exists() for path in held)
 
 
 @pytest.mark.parametrize(("changes", "threads"), [(dict(model="some/sd"), 2), ({}, 1), ({}, 2)])

@@ -405,9 +405,9 @@ def test_one_in_twenty_of_latent_guard_s_prompts_without_the_concept_is_above_it
     layer, threshold = guard
     nouns = (ROOT / "tests/rivals/nouns.txt").read_text().splitlines()
     without = *nouns, *(safe for _, safe in PAIRS), *[latent_guard.NOTHING] * len(nouns)
-    prompts, names = (latent_guard.states(pipe, texts) for texts in (
+    prompts, names = (latent_guard.states(pipe, texts) for texts in (  # [N, 78, d] and [2, 78, d]
         [frame.format(text) for text in without for frame in latent_guard.FRAMES], ["face", "smiling face"]))
-    scores = layer(prompts, names[:, 0])
+    scores = layer(prompts, names[:, 0])  # [N, 2]
     assert threshold == pytest.approx(scores.amax(dim=1).quantile(0.95).item(), rel=1e-4)
 
 
