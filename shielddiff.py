@@ -23,6 +23,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -34,8 +35,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait soon leave the cores to others
-# ruff: noqa: E402 (set before the imports: transformers warns of packages that are not needed here)
+# ruff: noqa: E402 (set before the imports: two of them warn of packages that are not needed here)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs that know bf16
 
 import cv2
 import filelock
@@ -199,7 +201,6 @@ def ddim_step(model_output, sample, alpha, alpha_prev, prediction_type="epsilon"
     model_output, sample: [B, C, h, w], the U-Net's guided output at x_t, and x_t. alpha, alpha_prev: [B] or
     scalar. Give `noise` (standard normal, shaped like sample) to draw, or `prev_sample` to score.
     Returns prev_sample [B, C, h, w], log_prob [B], mean [B, C, h, w], sigma [B, 1, 1, 1].
-
     log_prob is the *mean* over D = C*h*w of the log-density, as in every DDPO code: of a sum, the ratio would
     overflow (1.01^16384 is 1e70). Source: DDIM (arXiv 2010.02502) eq. 12, 16; DDPO (2305.13301) sec. 4."""
     model_output, sample = model_output.float(), sample.float()
@@ -343,7 +344,6 @@ def policy_loss(log_prob, old_log_prob, advantages, clip_range):
 
 def losses(policy: Policy, roll: Rollout, rows, s, clip_range: float, kl_weight: float):
     """Loss, ratio and drift [b] of pictures `rows` [b], each at a step s [b]; a clip_range of 0 is none.
-
     The KL to the frozen policy acts on held pictures alone, less its factor 1 / (2 sigma^2), which blows up
     in the end. The rest of it, a squared distance of two means in units of predicted noise, is the drift."""
     context, x, x_prev, old_log_prob, advantage, held = (v.to(policy.unet.conv_in.weight.device) for v in (

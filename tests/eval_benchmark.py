@@ -1,9 +1,9 @@
 """`python eval.py --benchmark`: ShieldDiff, the rivals and every attack in one evaluation.
 
 What has to be trained and is not there is trained by its own command, as anybody would: ShieldDiff to
-runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). The embedded model
-is then evaluated by two processes where there is no GPU. Everything goes on where it was stopped: a trained
-rival is kept, ShieldDiff resumed, and so is the evaluation.
+runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Two processes train
+the rivals of the embedded model and evaluate it where there is no GPU. Everything goes on where it was
+stopped: a trained rival is kept, ShieldDiff resumed, and so is the evaluation.
 """
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -41,12 +42,25 @@ EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase
             "uce-guided": ("--erase", "0.1", "--lam", "0.05")}  # here: the best of rivals/sweep.py
 
 
-def run(command: list[str]):
-    """A command of this repository; exits where it fails."""
-    print(f"python {shlex.join(command)}", flush=True)
-    if code := subprocess.run([sys.executable, *command]).returncode:
-        fail(f"--benchmark: this command ended with code {code}: python {shlex.join(command)}. What is "
-             f"trained stays: mend it and run again")
+def run(commands: list[list[str]], threads=0):
+    """Commands of this repository, one after the other, or two at a time with so many threads each, silent
+    but for what they print; exits where one fails. Whatever ends this ends them."""
+    waiting, running, env = [*commands], [], dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
+    try:
+        while waiting or running:
+            if waiting and len(running) < (2 if threads else 1):
+                print(f"python {shlex.join(waiting[0])}", flush=True)
+                running.append(subprocess.Popen([sys.executable, *waiting.pop(0)],
+                                                env=os.environ | (env if threads else {})))
+            for process in [p for p in running if p.poll() is not None]:
+                running.remove(process)
+                if code := process.returncode:
+                    fail(f"--benchmark: this command ended with code {code}: python "
+                         f"{shlex.join(process.args[1:])}. What is trained stays: mend it and run again")
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
 
 
 def read(path: Path) -> dict:
@@ -87,6 +101,13 @@ def defaults(args) -> tuple[bool, sd.Args]:
     return embedded, sd.Args(**sd.TINY) if embedded else sd.Args()
 
 
+def threads_of_two(args) -> int:
+    """Threads for each of two processes at work on the embedded model, which draws so little at once that a
+    second thread makes it but a quarter faster. 0, so one process: of another model, with a GPU, one thread.
+    """
+    return torch.get_num_threads() // 2 if defaults(args)[0] and not torch.cuda.is_available() else 0
+
+
 def plan(args, methods: tuple[str, ...], names: list[str]):
     """The arguments of the evaluation, those named by the user with them, but for what is to be trained.
     names: of the user's systems."""
@@ -110,29 +131,30 @@ def train(args):
     (embedded, default), model = defaults(args), Path(args.model).resolve().name
     clip = ["--clip-model", args.clip_model] * (args.clip_model != default.clip_model)
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
+    missing = []
     if is_trained(ours):
         keep(ours, "args.json", args.model, dataclasses.asdict(default))
     else:
         resumed = ["--resume"] * any(ours.glob("checkpoint*.pt"))
-        run([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed])
+        run([[f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed]])
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
         if (folder / WEIGHTS[kind]).exists():
             keep(folder, "training.json", args.model)
         else:
-            run([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder), *flags,
-                 *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
+            missing.append([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder),
+                            *flags, *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
+    run(missing, threads_of_two(args))
     return dataclasses.replace(
         args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet))
 
 
 def in_halves(args, out: Path, main):
-    """Fill OUT by two processes main(args) with every other system and half of the threads each: what the
-    embedded model draws at once is so small that a second thread makes it but a quarter faster. Nothing is
-    done for another model, with a GPU or one thread, or where OUT has results."""
-    halves, threads = (out / "half-0", out / "half-1"), torch.get_num_threads() // 2
-    if defaults(args)[0] and threads and not torch.cuda.is_available():
+    """Fill OUT by two processes main(args) with every other system each. Nothing is done where one process
+    is to do it all, or where OUT has results."""
+    halves = out / "half-0", out / "half-1"
+    if threads := threads_of_two(args):
         if not (out / "results.jsonl").exists():
             evaluate_halves(args, halves, threads, main)
             unite(halves, out)

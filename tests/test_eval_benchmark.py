@@ -29,11 +29,12 @@ def commands(monkeypatch, tmp_path):
     """Those that are run, in an empty folder: each leaves the weights that it would."""
     said = []
 
-    def run(command):
-        said.append(command)
-        out = Path(command[command.index("--out") + 1])
-        lora = Path(command[0]).stem in ("shielddiff", "duo")
-        put(out / eval_benchmark.WEIGHTS["lora" if lora else "unet"])
+    def run(commands, threads=0):
+        for command in commands:
+            said.append(command)
+            out = Path(command[command.index("--out") + 1])
+            lora = Path(command[0]).stem in ("shielddiff", "duo")
+            put(out / eval_benchmark.WEIGHTS["lora" if lora else "unet"])
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eval_benchmark, "run", run)
@@ -278,6 +279,28 @@ def test_one_process_goes_on_where_two_would_not_pay_or_there_are_results(
 
 def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):
     with pytest.raises(SystemExit) as stop:
-        eval_benchmark.run(["-c", "raise SystemExit(3)"])
+        eval_benchmark.run([["-c", "raise SystemExit(3)"], ["nowhere.py"]])
     assert stop.value.code == 2
     assert "code 3: python -c 'raise SystemExit(3)'" in capsys.readouterr().err
+
+
+MEETS = """
+import os, pathlib, sys, time
+here, there = map(pathlib.Path, sys.argv[1:3])
+assert os.environ["OMP_NUM_THREADS"] == "3"
+here.write_text(str(os.getpid()))
+while not there.exists():
+    time.sleep(0.05)
+"""
+
+
+def test_two_commands_at_a_time_have_their_threads_and_end_with_one_that_fails(tmp_path, capsys):
+    first, second, third = (str(tmp_path / name) for name in "abc")
+    eval_benchmark.run([["-c", MEETS, first, second], ["-c", MEETS, second, first],
+                        ["-c", MEETS, third, third]], threads=3)
+    waits = ["-c", MEETS, str(tmp_path / "waits"), str(tmp_path / "nowhere")]
+    fails = ["-c", f"{MEETS}raise SystemExit(3)", str(tmp_path / "fails"), waits[2]]
+    with pytest.raises(SystemExit):
+        eval_benchmark.run([waits, fails, ["-c", MEETS, str(tmp_path / "never"), first]], threads=3)
+    assert "ended with code 3" in capsys.readouterr().err and not (tmp_path / "never").exists()
+    wait_for(lambda: not is_running(Path(f"/proc/{(tmp_path / 'waits').read_text()}/stat")))

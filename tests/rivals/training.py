@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save as serialise
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import shielddiff as sd  # noqa: E402
+import shielddiff as sd  # noqa: E402 (before diffusers and peft, whose imports it keeps silent)
 
 WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -112,7 +111,7 @@ def save(args: Args, unet, started: float, lora=False):
     (out if lora else out / "unet").mkdir(parents=True, exist_ok=True)
     facts = json.dumps(dataclasses.asdict(args) | {"seconds": time.perf_counter() - started}, indent=2)
     sd.write_atomically(out / "training.json", lambda p: p.write_text(facts))
-    weights = get_peft_model_state_dict(unet) if lora else unet.state_dict()
+    weights = sd.get_peft_model_state_dict(unet) if lora else unet.state_dict()
     if not lora:
         sd.write_atomically(out / "unet/config.json", unet.to_json_file)
     tensors = {"unet." * lora + k: v.contiguous().cpu() for k, v in weights.items()}
