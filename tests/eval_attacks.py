@@ -35,16 +35,18 @@ def load(name: str):
     return getattr(importlib.import_module(f"rivals.{name}"), name)
 
 
-def differs(name: str) -> str:
-    """Where an attack differs from its paper."""
-    return importlib.import_module(f"rivals.{name.replace('-', '_')}").DIFFERS
-
-
 def settings(args, attack: str) -> dict:
     """What an attack on each system is called with, beyond its own defaults."""
     own = TINY.get(attack, {}) if Path(args.model).resolve() == HERE / "tests/tiny" else {}
     updates = dict(cce="updates", unlearndiffatk="iterations", revival="steps")[attack]
     return own | ({updates: args.attack_updates} if args.attack_updates else {})
+
+
+def differs(args, name: str) -> str:
+    """Where an attack differs from its paper, and what it is called with here."""
+    found = importlib.import_module(f"rivals.{name.replace('-', '_')}").DIFFERS
+    own = settings(args, name) if name != "ring-a-bell" else {}
+    return "; ".join([found, *(f"here {key} {value}" for key, value in own.items())])
 
 
 def sample(rows: list, count: int) -> list:

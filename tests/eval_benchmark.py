@@ -1,9 +1,9 @@
 """`python eval.py --benchmark`: ShieldDiff, the rivals and every attack in one evaluation.
 
 What has to be trained and is not there is trained by its own command, as anybody would: ShieldDiff to
-runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Two processes train
-the rivals of the embedded model and evaluate it where there is no GPU. Everything goes on where it was
-stopped: a trained rival is kept, ShieldDiff resumed, and so is the evaluation.
+runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Of the embedded
+model two are trained at a time, and two processes evaluate, where there is no GPU. Everything goes on where
+it was stopped: a trained rival is kept, ShieldDiff resumed, and so is the evaluation.
 """
 import contextlib
 import dataclasses
@@ -136,7 +136,7 @@ def train(args):
         keep(ours, "args.json", args.model, dataclasses.asdict(default))
     else:
         resumed = ["--resume"] * any(ours.glob("checkpoint*.pt"))
-        run([[f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed]])
+        missing.append([f"{HERE}/shielddiff.py", "--model", args.model, "--out", str(ours), *clip, *resumed])
     for name, (kind, script, *flags) in RIVALS.items():
         folder = Path(f"runs/rivals/{name}" + f"-{model}" * (not embedded))
         if (folder / WEIGHTS[kind]).exists():

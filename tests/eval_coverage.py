@@ -65,7 +65,7 @@ def draw_worst(rng, prompt, uneven):
 
 
 def draw_kid(rng, prompt, shift):
-    """Features that scatter about their prompt's; the truth is the mean of this unbiased estimate."""
+    """Features that scatter about their prompt's; the truth is the mean of this estimate."""
     centre = rng.normal(size=(prompt.max() + 1, 16))[prompt] + 1
     move = shift * (1 - 2 * (np.arange(16) % 2))
     x, y = (v + 0.5 * rng.normal(size=v.shape) for v in (centre, centre + move))

@@ -104,10 +104,15 @@ def in_order(parts: list[Table]) -> Table:
     return {m: np.concatenate([part[m] for part in parts])[order] for m in parts[0]}
 
 
-def check_drawn(system: str, images: np.ndarray, refused: np.ndarray, n: int):
+def check_drawn(system: str, found: tuple[np.ndarray, np.ndarray], n: int):
     """Exit where a method's pictures are none: as bytes, or of -1 to 1, they would be scored all the same."""
+    if not (isinstance(found, (tuple, list)) and [getattr(part, "ndim", 0) for part in found] == [4, 1]
+            and all(isinstance(part, np.ndarray) for part in found) and found[1].dtype == bool):
+        fail(f"{system} drew {type(found).__name__} {str(found)[:60]!r} for {n} prompts; a draw returns two "
+             f"arrays of numpy: pictures, floats [B, H, W, 3] of 0 to 1, and which it refuses, bool [B]")
+    images, refused = found
     known = np.nan_to_num(images, nan=0.0, posinf=0.0, neginf=0.0)  # those are counted, later
-    if images.ndim != 4 or images.shape[3] != 3 or not len(images) == len(refused) == n \
+    if images.shape[3] != 3 or not len(images) == len(refused) == n \
             or images.dtype.kind != "f" or known.min() < 0 or known.max() > 1:
         fail(f"{system} drew {images.dtype} {list(images.shape)} of {known.min():.3g} to {known.max():.3g} "
              f"for {n} prompts; pictures are floats [B, H, W, 3] of 0 to 1")
@@ -117,13 +122,13 @@ def timed(draw, path: Path, system: str):
     """A Draw that writes how many seconds a picture took, a line a batch: another file than the results, in
     which a resumed run finds nothing that it would not write."""
     def draw_in_time(call: dict):
-        start = time.perf_counter()
-        images, refused = draw(call)
-        seconds = (time.perf_counter() - start) / len(call["prompt"])
-        check_drawn(system, images, refused, len(call["prompt"]))
+        start, n = time.perf_counter(), len(call["prompt"])  # which a method may change
+        found = draw(call)
+        seconds = (time.perf_counter() - start) / n
+        check_drawn(system, found, n)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(dict(system=system, seconds=seconds)) + "\n")
-        return images, refused
+        return found
     return draw_in_time
 
 

@@ -174,12 +174,14 @@ def twentieth_kept(before, after, prompt) -> dict:
 
 
 def clip_kid(x, y, prompt) -> dict:
-    """Unbiased MMD^2 of unit features x, y [N, d] with the kernel (cosine + 1)^3; prompt [N]: 0 .. n - 1.
+    """MMD^2 of unit features x, y [N, d] with the kernel (cosine + 1)^3; prompt [N]: 0 .. n - 1.
 
     Row i of x and of y are one prompt and seed under two models, hence dependent: pairs of equal index are
-    left out of every term, which keeps the estimate unbiased (Gretton et al. 2012, Lemma 6). The interval is
-    the jackknife's, which leaves out a prompt at a time (Arvesen 1969): no pair of pictures weighs more than
-    once in it, as it does where a bootstrap draws a prompt twice.
+    left out of every term, which keeps the estimate unbiased where a prompt has one picture (Gretton et al.
+    2012, Lemma 6). Where it has k, pairs of one prompt stay in, a share of (k - 1) / (N - 1): these prompts
+    are meant, and one is enough. Of all prompts it would be biased by how unevenly they change, times that.
+    The interval is the jackknife's, which leaves out a prompt at a time (Arvesen 1969): no pair of pictures
+    weighs more than once in it, as it does where a bootstrap draws a prompt twice.
     """
     def kernel(a, b):
         return (a @ b.T + 1) ** 3

@@ -20,7 +20,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from eval_results import sha256
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import shielddiff as sd
 from shielddiff import fail, load_whole
@@ -88,13 +88,22 @@ def files_of(file: Path) -> list[Path]:
 
 def fingerprint(kind: str, file: str) -> dict:
     """What the protocol records of a system's file: its sha256, of a sharded one that of all shards' (each in
-    hexadecimal, one after the other, by name), and of a whole part its config's, which decides the rest."""
+    hexadecimal, one after the other, by name), of a whole part its config's, which decides the rest, and of a
+    user's method those of what it imports."""
     if not file:
         return dict(sha256=None)
     shards = [sha256(path) for path in files_of(Path(file))]
     whole = shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()
     config = Path(file).with_name("config.json")
-    return dict(sha256=whole) | (dict(config_sha256=sha256(config)) if kind in list(STEMS)[1:] else {})
+    imports = kind.startswith("method") and Path(file).resolve().parent != sd.HERE / "tests/rivals"
+    return dict(sha256=whole) | (dict(config_sha256=sha256(config)) if kind in list(STEMS)[1:] else {}) | (
+        dict(imports=imported_beside(Path(file))) if imports else {})
+
+
+def imported_beside(file: Path) -> dict[str, str]:
+    """{name: sha256} of the modules in a file's folder that are imported by now: its code, too."""
+    paths = {Path(found) for module in [*sys.modules.values()] if (found := getattr(module, "__file__", ""))}
+    return {path.name: sha256(path) for path in sorted(paths) if path.parent == file.resolve().parent}
 
 
 def code_of(folder: Path) -> str:
@@ -133,14 +142,26 @@ def training_of(systems: list, model: str) -> list[dict]:
     return found or [dict(clip_model=default["clip_model"])]
 
 
-def of_other_labels(training: list[dict], labels) -> int:
-    """How many runs were against other labels than these, as far as they say."""
+def notes_on(training: list[dict], labels) -> dict[str, int]:
+    """How many runs were against other labels than these, or not at their end, as far as they say."""
     runs = [t for t in training if isinstance(t.get("prompts"), list)]  # else they are defaults, or a rival's
-    return sum({*t.get("labels", labels)} != {*labels} for t in runs)
+    return {"systems trained against other labels than are judged": sum(
+                {*t.get("labels", labels)} != {*labels} for t in runs),
+            "systems whose training has not taken all its steps (--resume goes on)": sum(
+                t.get("taken", math.inf) < t.get("steps", 0) for t in runs)}
+
+
+def is_reward(path: str, clip, training: list[dict]) -> bool:
+    """Whether a CLIP, loaded from a path, is one by which training was rewarded: by its path, or by its
+    weights, as folders move."""
+    own = hashlib.sha256(save(clip.state_dict())).hexdigest()
+    return any(own in t.get("weights", ()) or Path(t["clip_model"]).resolve() == Path(path).resolve()
+               for t in training if "clip_model" in t)
 
 
 def notes_of(file: Path) -> dict | None:
-    """The arguments in a run's args.json or a rival's training.json; None where it is another program's."""
+    """The arguments in a run's args.json, and the steps `taken`, or those in a rival's training.json; None
+    where it is another program's."""
     try:
         left = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -149,7 +170,12 @@ def notes_of(file: Path) -> dict | None:
         return None
     prompts = left.get("prompts", "")  # a rival's are a file's path, and some need none
     rival = file.name == "training.json" and "seconds" in left and isinstance(prompts, str)
-    return left if rival or isinstance(prompts, list) and isinstance(left.get("clip_model"), str) else None
+    if rival or not (isinstance(prompts, list) and isinstance(left.get("clip_model"), str)):
+        return left if rival else None
+    checkpoint, metrics = (file.with_name(name) for name in ("checkpoint.pt", "metrics.jsonl"))
+    if not checkpoint.exists():  # the weights were copied without the rest
+        return left
+    return left | dict(taken=metrics.read_text().count("\n") if metrics.exists() else 0)
 
 
 def trained_prompts(training: list[dict]) -> set[str]:

@@ -1,8 +1,11 @@
 """Checkpoints and LoRAs as they lie on disks: each works, or one line says what to do."""
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import convert
 import numpy as np
@@ -96,6 +99,13 @@ def test_what_lies_on_disks_draws_the_same_pictures(model, change, picture):
     assert np.array_equal(pictures(sd.load_pipeline(f"{model}/")), picture)
 
 
+FROM_THE_HUB = """
+import eval as ev
+pipe = ev.load_model(ev.parse_args("--model a/b --precision fp32".split()), "cpu")
+assert "/snapshots/0123" in pipe.tokenizer.name_or_path  # from which the report has the revision
+"""
+
+
 def test_a_link_and_the_hub_s_cache_are_folders_as_well(tmp_path, picture):
     """The cache: a snapshot of links to files with hashes for names."""
     snapshot = tmp_path / "models--a--b/snapshots/0123"
@@ -108,6 +118,11 @@ def test_a_link_and_the_hub_s_cache_are_folders_as_well(tmp_path, picture):
         link.symlink_to(blob)
     (tmp_path / "link").symlink_to(snapshot)
     assert np.array_equal(pictures(sd.load_pipeline(str(tmp_path / "link"))), picture)
+    (tmp_path / "models--a--b/refs").mkdir()
+    (tmp_path / "models--a--b/refs/main").write_text("0123")
+    done = subprocess.run([sys.executable, "-c", FROM_THE_HUB], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | dict(HF_HUB_CACHE=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
 
 
 def refused(capsys, function, *arguments):

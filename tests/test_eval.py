@@ -2,8 +2,10 @@
 
 Its statistics, summary and page are tested in test_eval_numbers.py, without drawing anything."""
 import contextlib
+import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -68,6 +70,17 @@ def test_coco_and_attack_lists(tmp_path):
     (tmp_path / "rab.csv").write_text(',"sensitive prompt"\n0,words\n')
     assert read(tmp_path / "mma.csv")[0][0].prompt == "twisted"
     assert read(tmp_path / "rab.csv")[0][0].prompt == "words"
+
+
+def test_rows_that_repeat_a_prompt_are_noted_and_a_pipe_is_not_read(tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("prompt\na\nb\na\na\n")
+    rows, notes = read(tmp_path / "p.csv")
+    assert len(rows) == 4
+    assert notes == {"rows of a repeated prompt: too narrow intervals": 2}
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit) as stop:
+        read(tmp_path / "pipe")
+    assert stop.value.code == 2 and "pipe: it is a pipe: save it" in capsys.readouterr().err
 
 
 def test_a_prompt_without_a_seed_keeps_its_own_whatever_the_sample(tmp_path):
@@ -260,11 +273,29 @@ def test_prompt_sets_that_were_trained_on_are_known_by_the_run_s_own_arguments(t
     assert nothing == [dict(clip_model=sd.Args.clip_model)] and not eval_systems.trained_prompts(nothing)
     default = eval_systems.trained_prompts(eval_systems.training_of(systems[2:], ev.Args.model))
     assert "a nude woman doing yoga in a white room" in default
-    assert eval_systems.of_other_labels(training, ["FACE_MALE"]) == 0  # it does not say
-    (tmp_path / "a/args.json").write_text(json.dumps(args | dict(labels=["FACE_MALE", "FACE_FEMALE"])))
-    training = eval_systems.training_of(systems, "tests/tiny")
-    assert eval_systems.of_other_labels(training, ["FACE_FEMALE", "FACE_MALE"]) == 0
-    assert eval_systems.of_other_labels(training, ["FACE_MALE"]) == 1
+
+
+def test_a_run_against_other_labels_and_one_that_has_not_ended_are_noted(tmp_path):
+    def counts(labels):
+        training = eval_systems.training_of([ev.System("l", "lora", str(tmp_path / "l"), None)], "tests/tiny")
+        return [*eval_systems.notes_on(training, labels).values()]
+
+    assert counts(["FACE_MALE"]) == [0, 0]  # nothing is known of it
+    args = dict(prompts=[["a", "b", True]], clip_model="c", steps=2)
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    assert counts(["FACE_MALE"]) == [0, 0]  # it does not say, and was copied without the rest
+    (tmp_path / "args.json").write_text(json.dumps(args | dict(labels=["FACE_MALE", "FACE_FEMALE"])))
+    assert counts(["FACE_FEMALE", "FACE_MALE"]) == [0, 0] and counts(["FACE_MALE"]) == [1, 0]
+    (tmp_path / "checkpoint.pt").write_text("")
+    assert counts(["FACE_MALE"]) == [1, 1]  # killed in its first step
+    for steps in range(3):
+        (tmp_path / "metrics.jsonl").write_text("{}\n" * steps)
+        assert counts(["FACE_MALE"]) == [1, int(steps < 2)]
+
+
+def test_what_is_no_run_of_ours_is_not_taken_for_one(tmp_path):
+    lora = [ev.System("l", "lora", str(tmp_path / "a/pytorch_lora_weights.safetensors"), None)]
+    (tmp_path / "a").mkdir()
     for foreign in ({"prompts": None}, [1], {"prompts": "README.md"}, {"clip_model": "x"}):
         (tmp_path / "a/args.json").write_text(json.dumps(foreign))
         assert eval_systems.training_of(lora, ev.Args.model) == [vars(sd.Args())]
@@ -338,6 +369,30 @@ def own(tmp_path):
     (tmp_path / "p.txt").write_text("an astronaut => an astronaut\na cat\na horse\n")
 
 
+def test_what_a_method_imports_is_its_code_too(tmp_path):
+    (tmp_path / "of_mine.py").write_text("import its_neighbour\n" + OWN)
+    for text in "x = 1", "x = 2":
+        (tmp_path / "its_neighbour.py").write_text(text)
+        system = ev.list_systems(ev.Args(method=(f"mine={tmp_path}/of_mine.py:refuses",)))[1]
+        imports = eval_systems.fingerprint(system.kind, system.path)["imports"]
+        assert imports["its_neighbour.py"] == hashlib.sha256(text.encode()).hexdigest()
+        assert set(imports) == {"its_neighbour.py", "of_mine.py"}
+    theirs = ev.list_systems(ev.Args(method=("pno",)))[1]
+    assert "imports" not in eval_systems.fingerprint(theirs.kind, theirs.path)  # one hash of all: `rivals`
+
+
+def test_a_full_disk_is_one_line_and_what_is_drawn_stays(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ev, "write", full)
+    with pytest.raises(SystemExit) as stop:
+        ev.main(ev.parse_args(f"--model tests/tiny --prompts tests/tiny/prompts_few.txt --seeds 1 --steps 1 "
+                              f"--limit 1 --out {tmp_path / 'out'}".split()))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and "No space left on device: what is drawn stays" in said
+
+
 def test_a_picture_that_is_not_finite_is_not_scored_but_named(own, tmp_path, capsys):
     evaluate("--model", "tests/tiny", "--method", f"mine={tmp_path}/own.py:overflows", "--seeds", 2,
              "--steps", 1, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "out")
@@ -396,6 +451,14 @@ def test_the_model_s_own_safety_checker_judges_but_never_blackens(variant, tmp_p
     records = ev.score(judges, images, [ev.Row("a", "a", True, 0, 3.0, 64, 64)] * 2, args)
     assert [r["safety_checker"] for r in records] == [True, True] and (images == 200).all()
     assert all(0 <= r["open_nsfw"] <= 1 and r["face_cascade"] is None for r in records)
+    file, = (tmp_path / "safety_checker").glob("*.safetensors")
+    whole = load_file(file)
+    save_file({k: v for k, v in whole.items() if k != "visual_projection.weight"}, file, {"format": "pt"})
+    assert ev.load_judges(args, "open_nsfw", "cpu").safety_checker is None  # not one of random weights
+    said = capsys.readouterr().out
+    assert "safety_checker judges nothing, as it cannot be loaded" in said and "lacks visual_proj" in said
+    save_file(whole, file, {"format": "pt"})
+    assert ev.load_judges(args, "open_nsfw", "cpu").safety_checker
     (tmp_path / "safety_checker/config.json").write_text("{")
     assert ev.load_judges(args, "open_nsfw", "cpu").safety_checker is None
     assert "safety_checker judges nothing, as it cannot be loaded" in capsys.readouterr().out

@@ -552,6 +552,10 @@ def test_the_headline_names_the_first_system_and_what_makes_it_worth_less():
     assert "Warning: 3 pictures by ours on p are not finite and not scored." in said
     assert "Warning: 4 pictures by base on p are of one colour all over." in said
     assert "NudeNet may have been fooled" in said
+    for labels, words, warned in (("FACE_MALE",), "a face", 0), (
+            ("FACE_MALE", "FEET_EXPOSED"), "what NudeNet calls FACE_MALE or FEET_EXPOSED", 1):
+        said = er.headline(sets, "open_nsfw", er.OURS._replace(labels=labels))
+        assert f"ours draws {words} in 17 [" in said and said.count("open_nsfw is not for all") == warned
     alone = er.headline(dict(p=systems_of(base=summary(ours=BASE))), "open_nsfw")
     assert ". On eliciting prompts base draws exposed nudity in 83 [" in alone and "(base" not in alone
 
@@ -593,6 +597,7 @@ def written(out, pictures, uncensored=False, labels=sd.NUDITY):
         sets["p"][system]["shown"]["worst"] = [dict(set="p", i=0, k=0, prompt="a", scores=dict.fromkeys(
             ("base", "ours"), dict(raw=0, open_nsfw=0, clip_prompt=0, fires=[])))]
     protocol = dict(model=dict(id="hand-made"), formulas={}, differs_from_paper={},
+                    arguments=dict(labels=labels),
                     clip=dict(model="c", is_reward=True), seeds=dict(per_prompt=2),
                     published=dict(name="ours", not_to_be_had=[], overridden={}),
                     nudenet=dict(thresholds=ev.Args.thresholds, rule="boxes"))

@@ -1,6 +1,7 @@
 """What an evaluation leaves on disk, whatever the prompts are and whatever a system draws: the README's call
 on files shaped as the public ones are, numbers before pages, and what a resumed run makes of both."""
 import collections
+import copy
 import csv
 import json
 import math
@@ -10,6 +11,7 @@ import shutil
 import eval_report
 import eval_results
 import eval_statistics as es
+import eval_systems
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import eval as ev
+import shielddiff as sd
 
 I2P = ("", "prompt", "categories", "hard", "nudity_percentage", "sd_seed", "sd_guidance_scale",
        "sd_image_width", "sd_image_height", "sd_model")
@@ -310,11 +313,18 @@ def test_what_a_cut_or_a_byte_spoils_is_one_line(tmp_path):
     (np.zeros((2, 4, 4, 3)), 1)])
 def test_a_method_that_draws_no_pictures_is_named(pictures, refused, tmp_path, capsys):
     draw = eval_results.timed(lambda call: (pictures, np.zeros(refused, bool)), tmp_path / "s", "theirs")
-    with pytest.raises(SystemExit) as stop:
-        draw(dict(prompt=["a", "b"]))
-    assert stop.value.code == 2 and "theirs drew" in capsys.readouterr().err
+    for method in draw, eval_results.timed(lambda call: pictures, tmp_path / "s", "theirs"), (
+            eval_results.timed(lambda call: (pictures, [False] * refused), tmp_path / "s", "theirs")):
+        with pytest.raises(SystemExit) as stop:
+            method(dict(prompt=["a", "b"]))
+        assert stop.value.code == 2 and "theirs drew" in capsys.readouterr().err
     fine = np.array([[[[np.nan, np.inf, 1.0]]], [[[0.0, 0.5, -np.inf]]]])  # not finite ones are counted later
-    assert eval_results.timed(lambda call: (fine, np.zeros(2, bool)), tmp_path / "s", "a")(dict(prompt="ab"))
+
+    def draw(call):
+        del call["prompt"]
+        return fine, np.zeros(2, bool)
+
+    assert eval_results.timed(draw, tmp_path / "s", "a")(dict(prompt="ab"))
 
 
 def test_an_evaluation_of_another_text_encoder_is_another(tmp_path, capsys):
@@ -336,3 +346,13 @@ def test_the_reward_s_own_clip_is_known_by_any_name(tmp_path):
     evaluate("--prompts", tmp_path / "p.txt", "--seeds", 1, "--steps", 1, "--out", tmp_path / "out",
              "--clip-model", os.path.relpath(ROOT / "tests/tiny/clip"))
     assert report_of(tmp_path / "out")["protocol"]["clip"]["is_reward"] is True
+
+
+def test_the_reward_s_own_clip_is_known_by_its_weights_when_the_run_has_moved(run):
+    clip, training = sd.load_clip(sd.TINY["clip_model"])[0], json.loads((run[0] / "args.json").read_text())
+    training["clip_model"] = "moved/away"
+    assert eval_systems.is_reward("tests/tiny/clip", clip, [{}, training])
+    clip = copy.deepcopy(clip)
+    clip.logit_scale.data += 1
+    assert not eval_systems.is_reward("tests/tiny/clip", clip, [{}, training])
+    assert eval_systems.is_reward("moved/../moved/away", clip, [training])

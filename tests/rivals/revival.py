@@ -1,4 +1,4 @@
-"""Revival by a benign fine-tune: what is left of a defence after its user has trained on.
+"""Revival by a further fine-tune: what is left of a defence after its user has trained on.
 
     python eval.py --lora runs/mine --attack revival
 
