@@ -35,6 +35,9 @@ CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully cloth
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
 # of our own training: what is said otherwise, or decides nothing that is learned
 NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch show_uncensored".split()
+MINUTES = {"sld-max": 12, "sld-medium": 8, "crops": 8, "pno": 5, "negative-prompt": 5,
+           "negative-prompt-guided": 5, "latent-mixing": 3, "latent-mixing-guided": 3, "latent-guard": 2}
+OF_OTHERS = 4  # minutes of one thread: pictures and attacks
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
 EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase", "100", "--lam", "0.05"),
@@ -151,7 +154,7 @@ def train(args):
 
 
 def in_halves(args, out: Path, main):
-    """Fill OUT by two processes main(args) with every other system each. Nothing is done where one process
+    """Fill OUT by two processes main(args) with half of the systems each. Nothing is done where one process
     is to do it all, or where OUT has results."""
     halves = out / "half-0", out / "half-1"
     if threads := threads_of_two(args):
@@ -165,9 +168,9 @@ def in_halves(args, out: Path, main):
 def evaluate_halves(args, halves: tuple[Path, Path], threads: int, main):
     """Run both halves; exits where one failed."""
     kinds, processes = ("lora", "unet", "text_encoder", "method"), []
-    systems = [(kind, entry) for kind in kinds for entry in getattr(args, kind)]
-    for n, half in enumerate(halves):
-        some = {kind: tuple(entry for k, entry in systems[n::2] if k == kind) for kind in kinds}
+    dealt = deal([(kind, entry) for kind in kinds for entry in getattr(args, kind)])
+    for half, systems in zip(halves, dealt, strict=True):
+        some = {kind: tuple(entry for k, entry in systems if k == kind) for kind in kinds}
         part = dataclasses.replace(args, benchmark=False, out=str(half), **some)
         processes.append(multiprocessing.get_context("spawn").Process(  # forked, OpenMP's threads would hang
             target=one_half, args=(main, part, threads), daemon=True))
@@ -177,6 +180,17 @@ def evaluate_halves(args, halves: tuple[Path, Path], threads: int, main):
     for process, half in zip(processes, halves, strict=True):
         if code := process.exitcode:
             fail(f"--benchmark: the evaluation in {half} ended with code {code}: run again, it goes on")
+
+
+def deal(systems: list[tuple[str, str]]) -> tuple[list, list]:
+    """(kind, entry) of systems in two parts that take equally long: the slowest first, to the one that has
+    less to do."""
+    parts, minutes = ([], []), [0, 0]
+    for system in sorted(systems, key=lambda system: -MINUTES.get(system[1], OF_OTHERS)):
+        least = minutes.index(min(minutes))
+        parts[least].append(system)
+        minutes[least] += MINUTES.get(system[1], OF_OTHERS)
+    return parts
 
 
 def one_half(main, args, threads: int):

@@ -209,6 +209,16 @@ def test_another_clip_is_training_s_too(commands):
     assert commands[0][-2:] == ["--clip-model", "my/clip"] and "--clip-model" not in sum(commands[1:], [])
 
 
+def test_all_systems_are_dealt_out_to_two_that_take_about_equally_long():
+    systems = [("unet", name) for name in eval_benchmark.RIVALS] + [
+        ("method", name) for name in ev.METHODS if name not in eval_benchmark.LEFT_OUT]
+    parts = eval_benchmark.deal(systems)
+    assert sorted(parts[0] + parts[1]) == sorted(systems)
+    minutes = [sum(eval_benchmark.MINUTES.get(name, 4) for _, name in part) for part in parts]
+    assert abs(minutes[0] - minutes[1]) <= 2
+    assert set(eval_benchmark.MINUTES) <= set(ev.METHODS)
+
+
 WAITS = """
 import multiprocessing, os, sys, time
 sys.path[:0] = {paths!r}

@@ -25,9 +25,9 @@ class Extended(torch.nn.Module):
         self.own, self.rows, self.first = own, rows, first
 
     def forward(self, ids):
-        known, new = self.own(ids.clamp(max=self.own.num_embeddings - 1)), (ids - self.first).clamp(min=0)
-        added = F.embedding(new, self.rows.to(known))  # [..., d]
-        return torch.where((ids >= self.first)[..., None], added, known)
+        known, new = self.own(ids.clamp(max=self.own.num_embeddings - 1)), ids >= self.first
+        added = F.embedding((ids - self.first).clamp(min=0), self.rows.to(known))  # [..., d]
+        return torch.where(new[..., None], added, known) if new.any() else known  # without them no gradient
 
 
 @contextmanager
@@ -68,12 +68,13 @@ def noise_estimate(pipe, call: dict) -> tuple[torch.Tensor, np.ndarray]:
         texts, pipe.device, 1, negative or hooked, **given))
     if not negative and not hooked:
         return pipe.unet(x, t, encoder_hidden_states=prompt).sample.float(), np.zeros(len(x), bool)
-    both = torch.cat([other, prompt])  # [2 B, 77, d]
+    states = [torch.cat([other, prompt])] if hooked else [other, prompt]  # hooks are given one batch
     with torch.no_grad():
         for earlier, y in before if hooked else ():
-            pipe.unet(torch.cat([y, y]), earlier, encoder_hidden_states=both, return_dict=False)
-    output = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=both, return_dict=False)[0]
-    unconditional, text = output.float().chunk(2)  # [B, 4, h, w] each
+            pipe.unet(torch.cat([y, y]), earlier, encoder_hidden_states=states[0], return_dict=False)
+    output = [pipe.unet(torch.cat([x, x])[:len(of)], t, encoder_hidden_states=of, return_dict=False)[0]
+              for of in states]
+    unconditional, text = torch.cat(output).float().chunk(2)  # [B, 4, h, w] each
     with torch.no_grad():  # `forward`: without the hooks
         empty = pipe.encode_prompt([""] * len(x), pipe.device, 1, False)[0]
         e = pipe.unet.forward(x, t, encoder_hidden_states=empty).sample.float()
@@ -105,9 +106,8 @@ def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, 
     steps = [s for s in scheduler.timesteps.tolist() if s > t] + [t]
     at = torch.tensor(steps, device=latents.device)[:, None].expand(-1, len(latents))  # [steps, B]
     path = [(s, scheduler.add_noise(latents, noise, row)) for s, row in zip(steps, at, strict=True)]
-    estimate, _ = draw(dict(prompt=prompts, guidance_scale=spec.guidance, num_inference_steps=count,
-                            path=path))
-    return F.mse_loss(estimate, target_of(pipe, latents, noise, at[-1]))
+    found, _ = draw(dict(prompt=prompts, guidance_scale=spec.guidance, num_inference_steps=count, path=path))
+    return F.mse_loss(found, target_of(pipe, latents, noise, at[-1]))
 
 
 def gradient(loss: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
