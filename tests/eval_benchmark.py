@@ -38,6 +38,8 @@ NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch sho
 MINUTES = {"sld-max": 12, "sld-medium": 8, "crops": 8, "pno": 5, "negative-prompt": 5,
            "negative-prompt-guided": 5, "latent-mixing": 3, "latent-mixing-guided": 3, "latent-guard": 2}
 OF_OTHERS = 4  # minutes of one thread: pictures and attacks
+# of glibc, else it returns a picture's tensors to the kernel each time: a twentieth of a process's time
+ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**30))
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
 STABLE_DIFFUSION = {"esd-guided": CLOTHED, "sdd-guided": CLOTHED}  # further flags there, and
 EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase", "100", "--lam", "0.05"),
@@ -48,7 +50,8 @@ EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase
 def run(commands: list[list[str]], threads=0):
     """Commands of this repository, one after the other, or two at a time with so many threads each, silent
     but for what they print; exits where one fails. Whatever ends this ends them."""
-    waiting, running, env = [*commands], [], dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
+    waiting, running = [*commands], []
+    env = ALLOCATOR | dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     try:
         while waiting or running:
             if waiting and len(running) < (2 if threads else 1):
@@ -168,6 +171,7 @@ def in_halves(args, out: Path, main):
 def evaluate_halves(args, halves: tuple[Path, Path], threads: int, main):
     """Run both halves; exits where one failed."""
     kinds, processes = ("lora", "unet", "text_encoder", "method"), []
+    os.environ |= ALLOCATOR  # inherited
     dealt = deal([(kind, entry) for kind in kinds for entry in getattr(args, kind)])
     for half, systems in zip(halves, dealt, strict=True):
         some = {kind: tuple(entry for k, entry in systems if k == kind) for kind in kinds}
