@@ -115,9 +115,9 @@ TINY = dict(  # what is run differs for the embedded model, not how: another con
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line over the defaults of the model it names."""
-    words = [word.partition("=")[0].replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
-    if twice := [word for word in words if word[:2] == "--" and words.count(word) > 1]:  # tyro: the last
-        fail(f"{twice[0]} is given twice: give it once, with all that it takes")
+    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    if words.count("--labels") > 1:  # tyro would take the last alone
+        fail("--labels is given twice: name all of them after one")
     which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which.add_argument("--model")
     model = which.parse_known_args(argv)[0].model

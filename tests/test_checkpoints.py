@@ -99,16 +99,17 @@ def test_what_lies_on_disks_draws_the_same_pictures(model, change, picture):
     assert np.array_equal(pictures(sd.load_pipeline(f"{model}/")), picture)
 
 
-FROM_THE_HUB = """
+REVISION = "0123" * 10
+FROM_THE_HUB = f"""
 import eval as ev
 pipe = ev.load_model(ev.parse_args("--model a/b --precision fp32".split()), "cpu")
-assert "/snapshots/0123" in pipe.tokenizer.name_or_path  # from which the report has the revision
+assert "/snapshots/{REVISION}" in pipe.tokenizer.name_or_path  # from which the report has the revision
 """
 
 
 def test_a_link_and_the_hub_s_cache_are_folders_as_well(tmp_path, picture):
     """The cache: a snapshot of links to files with hashes for names."""
-    snapshot = tmp_path / "models--a--b/snapshots/0123"
+    snapshot = tmp_path / "models--a--b/snapshots" / REVISION
     for i, file in enumerate(p for p in TINY.rglob("*") if p.is_file()):
         blob = tmp_path / f"models--a--b/blobs/{i}"
         link = snapshot / file.relative_to(TINY)
@@ -119,7 +120,7 @@ def test_a_link_and_the_hub_s_cache_are_folders_as_well(tmp_path, picture):
     (tmp_path / "link").symlink_to(snapshot)
     assert np.array_equal(pictures(sd.load_pipeline(str(tmp_path / "link"))), picture)
     (tmp_path / "models--a--b/refs").mkdir()
-    (tmp_path / "models--a--b/refs/main").write_text("0123")
+    (tmp_path / "models--a--b/refs/main").write_text(REVISION)
     done = subprocess.run([sys.executable, "-c", FROM_THE_HUB], cwd=ROOT, text=True, capture_output=True,
                           env=os.environ | dict(HF_HUB_CACHE=str(tmp_path)))
     assert done.returncode == 0, done.stderr

@@ -70,8 +70,7 @@ def test_each_attack_is_a_prompt_set_of_its_own_for_every_system(attacked):
         digest = hashlib.sha256((attacked / f"{attack}.json").read_bytes()).hexdigest()
         assert report["protocol"]["prompt_sets"][attack]["sha256"] == digest
         differs = report["protocol"]["differs_from_paper"][attack]
-        assert len(differs) > 50 and differs.endswith(
-            "here updates 2" if attack == "cce" else "here together 4; here iterations 2")
+        assert len(differs) > 150 and f"; here {'updates' if attack == 'cce' else 'iterations'} 2" in differs
     assert report["protocol"]["attacks"] == dict(
         cce=dict(rate=0.03, updates=2, batch=8, parts=1, above=500),
         unlearndiffatk=dict(timesteps=[100, 300, 500, 700, 900], batch=4, together=4, iterations=2))

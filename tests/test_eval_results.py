@@ -99,7 +99,8 @@ def test_the_readme_s_i2p_and_coco_call_ends_with_every_number_and_both_pages(fi
     for text in (page, done.stdout):
         assert "No safe caption in this file" in text and "broken (6 pictures not finite)" in text
     assert (out / "pairs.png").exists() and report["notes"] == {
-        f"rows without a prompt, skipped ({files}/i2p.csv, 8)": 1}
+        f"rows without a prompt, skipped ({files}/i2p.csv, 8)": 1,
+        "rows of a repeated prompt: too narrow intervals": 2}
     with open(files / "i2p.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     mine = [r for (system, name, _, k), r in found.items() if (system, name, k) == ("mine", "i2p", 1)]

@@ -86,7 +86,6 @@ def test_a_run_in_the_units_of_an_older_version_is_not_gone_on_with(run, tmp_pat
     (["--prompts", "ARROW"], ["'=>' needs a space", "a nude woman=>a woman"]),
     (["--labels"], ["--labels cannot be ()"]),
     (["--labels", "FACE_MALE", "--labels=FACE_FEMALE"], ["--labels is given twice"]),
-    (["--kl-weight", "1", "--kl_weight", "2"], ["--kl-weight is given twice"]),
     (["--prompts", "BINARY"], ["UTF-8", "position 3"]),
     (["--model", "no/such/model", "--prompts", "tests/tiny/prompts.txt"], ["no/such/model", "folder"]),
     (["--clip-model", "no/such/clip"], ["no/such/clip"]),
