@@ -49,7 +49,7 @@ EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase
 
 def run(commands: list[list[str]], threads=0):
     """Commands of this repository, one after the other, or two at a time with so many threads each, silent
-    but for what they print; exits where one fails. Whatever ends this ends them."""
+    but for what they print; exits where one fails. An error or Ctrl-C ends them."""
     waiting, running = [*commands], []
     env = ALLOCATOR | dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     try:
