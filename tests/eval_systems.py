@@ -89,7 +89,7 @@ def files_of(file: Path) -> list[Path]:
 def fingerprint(kind: str, file: str) -> dict:
     """What the protocol records of a system's file: its sha256, of a sharded one that of all shards' (each in
     hexadecimal, one after the other, by name), of a whole part its config's, which decides the rest, and of a
-    user's method those of what it imports."""
+    user's method those of the modules beside it that it has imported."""
     if not file:
         return dict(sha256=None)
     shards = [sha256(path) for path in files_of(Path(file))]
@@ -101,9 +101,11 @@ def fingerprint(kind: str, file: str) -> dict:
 
 
 def imported_beside(file: Path) -> dict[str, str]:
-    """{name: sha256} of the modules in a file's folder that are imported by now: its code, too."""
+    """{name: sha256} of the modules in a file's folder that are imported by now: its code, too. Not of
+    packages there, nor of what is imported only as it draws."""
     paths = {Path(found) for module in [*sys.modules.values()] if (found := getattr(module, "__file__", ""))}
-    return {path.name: sha256(path) for path in sorted(paths) if path.parent == file.resolve().parent}
+    return {path.name: sha256(path) for path in sorted(paths) if path.is_absolute()
+            and path.resolve().parent == file.resolve().parent}
 
 
 def code_of(folder: Path) -> str:
@@ -189,6 +191,13 @@ def trained_prompts(training: list[dict]) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------ U-Nets
+def revision_of(pipe) -> str | None:
+    """The commit of a model from the hub, None of a folder. The tokenizer knows where its files lie; a U-Net
+    only the model's name."""
+    found = re.search(r"snapshots/([0-9a-f]{40})", pipe.tokenizer.name_or_path)
+    return found and found[1]
+
+
 def refuse_inputs(config: dict, width: int, what: str):
     """Exit where a U-Net needs what nobody gives it here; width: that of the text encoder's states."""
     given = GIVEN | dict(cross_attention_dim=width)

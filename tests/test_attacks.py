@@ -164,6 +164,15 @@ def test_an_attack_sees_what_a_hook_makes_of_either_half(model):
         torch.testing.assert_close(estimate, estimates[1], atol=1e-5, rtol=0)
 
 
+def test_where_no_new_token_comes_through_a_method_there_is_no_gradient_and_no_error(pipe):
+    """Of a prompt that it replaced, say: the other prompts' attack goes on."""
+    rows = torch.ones(1, 96, requires_grad=True)
+    with defended.new_tokens(pipe, rows) as (name,):
+        for text, reached in ("a cat", False), (f"{name} cat", True):
+            states = pipe.encode_prompt(text, "cpu", 1, False)[0]
+            assert states.requires_grad == reached and defended.gradient(states.sum(), rows).any() == reached
+
+
 def test_a_gradient_that_is_too_large_when_scaled_is_taken_as_it_is_and_none_that_is_not_finite():
     rows = torch.zeros(2, 3, requires_grad=True)
     assert (defended.gradient((rows * 1e35).sum(), rows) == 1e35).all()  # 2^16 times that is infinite

@@ -103,7 +103,7 @@ REVISION = "0123" * 10
 FROM_THE_HUB = f"""
 import eval as ev
 pipe = ev.load_model(ev.parse_args("--model a/b --precision fp32".split()), "cpu")
-assert "/snapshots/{REVISION}" in pipe.tokenizer.name_or_path  # from which the report has the revision
+assert ev.eval_systems.revision_of(pipe) == "{REVISION}"
 """
 
 

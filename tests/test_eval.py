@@ -390,7 +390,7 @@ def test_a_full_disk_is_one_line_and_what_is_drawn_stays(tmp_path, monkeypatch, 
         ev.main(ev.parse_args(f"--model tests/tiny --prompts tests/tiny/prompts_few.txt --seeds 1 --steps 1 "
                               f"--limit 1 --out {tmp_path / 'out'}".split()))
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 1 and "No space left on device: what is drawn stays" in said
+    assert stop.value.code == 1 and "No space left on device: mend it and run again" in said
 
 
 def test_a_picture_that_is_not_finite_is_not_scored_but_named(own, tmp_path, capsys):

@@ -113,7 +113,7 @@ def denoising_loss(pipe, draw, spec, prompts: list[str], latents: torch.Tensor, 
 def gradient(loss: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Of the loss at rows, scaled on its way, as half precision would round much of it to zero, unless that
     is too much for it. Zero where it is not finite at all: one such update would end the attack."""
-    for scale in sd.LOSS_SCALE, 1.0:
+    for scale in (sd.LOSS_SCALE, 1.0) if loss.requires_grad else ():  # else no new token came through
         found = torch.autograd.grad(loss * scale, rows, retain_graph=scale > 1)[0] / scale
         if found.isfinite().all():
             return found
