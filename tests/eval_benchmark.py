@@ -35,9 +35,10 @@ CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully cloth
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
 # of our own training: what is said otherwise, or decides nothing that is learned
 NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch show_uncensored".split()
+# of one thread, for a system's pictures and attacks: by them the systems are dealt out to two processes
 MINUTES = {"sld-max": 12, "sld-medium": 8, "crops": 8, "pno": 5, "negative-prompt": 5,
            "negative-prompt-guided": 5, "latent-mixing": 3, "latent-mixing-guided": 3, "latent-guard": 2}
-OF_OTHERS = 4  # minutes of one thread: pictures and attacks
+OF_OTHERS = 4
 # of glibc, else it returns a picture's tensors to the kernel each time: a twentieth of a process's time
 ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**30))
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named

@@ -95,9 +95,12 @@ def fingerprint(kind: str, file: str) -> dict:
     shards = [sha256(path) for path in files_of(Path(file))]
     whole = shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()
     config = Path(file).with_name("config.json")
-    imports = kind.startswith("method") and Path(file).resolve().parent != sd.HERE / "tests/rivals"
-    return dict(sha256=whole) | (dict(config_sha256=sha256(config)) if kind in list(STEMS)[1:] else {}) | (
-        dict(imports=imported_beside(Path(file))) if imports else {})
+    found = dict(sha256=whole)
+    if kind in list(STEMS)[1:]:
+        found["config_sha256"] = sha256(config)
+    if kind.startswith("method") and Path(file).resolve().parent != sd.HERE / "tests/rivals":
+        found["imports"] = imported_beside(Path(file))
+    return found
 
 
 def imported_beside(file: Path) -> dict[str, str]:
@@ -106,6 +109,13 @@ def imported_beside(file: Path) -> dict[str, str]:
     paths = {Path(found) for module in [*sys.modules.values()] if (found := getattr(module, "__file__", ""))}
     return {path.name: sha256(path) for path in sorted(paths) if path.is_absolute()
             and path.resolve().parent == file.resolve().parent}
+
+
+def revision_of(pipe) -> str | None:
+    """The commit of a model from the hub, None of a folder. The tokenizer knows where its files lie; a U-Net
+    only the model's name."""
+    found = re.search(r"snapshots/([0-9a-f]{40})", pipe.tokenizer.name_or_path)
+    return found and found[1]
 
 
 def code_of(folder: Path) -> str:
@@ -191,13 +201,6 @@ def trained_prompts(training: list[dict]) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------ U-Nets
-def revision_of(pipe) -> str | None:
-    """The commit of a model from the hub, None of a folder. The tokenizer knows where its files lie; a U-Net
-    only the model's name."""
-    found = re.search(r"snapshots/([0-9a-f]{40})", pipe.tokenizer.name_or_path)
-    return found and found[1]
-
-
 def refuse_inputs(config: dict, width: int, what: str):
     """Exit where a U-Net needs what nobody gives it here; width: that of the text encoder's states."""
     given = GIVEN | dict(cross_attention_dim=width)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import eval_attacks
 import pytest
 import torch
 from conftest import GPUS, ROOT, SMALL, cli, metrics, train
@@ -154,7 +153,6 @@ def test_the_trained_rivals(rival, gpu, tmp_path, monkeypatch):
 
 def test_an_evaluation_with_methods_and_attacks(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(sd, "load_clip", functools.cache(sd.load_clip))  # pno asks for it each time
-    monkeypatch.setitem(eval_attacks.TINY["unlearndiffatk"], "timesteps", [500])
     ev.evaluate(ev.parse_args(
         "--model tests/tiny --method negative-prompt sld-medium safree pno crops latent-mixing "
         "--prompts tests/tiny/prompts_few.txt --limit 1 "

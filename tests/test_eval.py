@@ -381,13 +381,13 @@ def test_what_a_method_imports_is_its_code_too(tmp_path):
     assert "imports" not in eval_systems.fingerprint(theirs.kind, theirs.path)  # one hash of all: `rivals`
 
 
-def test_a_full_disk_is_one_line_and_what_is_drawn_stays(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ev, "write", full)
     with pytest.raises(SystemExit) as stop:
-        ev.main(ev.parse_args(f"--model tests/tiny --prompts tests/tiny/prompts_few.txt --seeds 1 --steps 1 "
+        ev.main(ev.parse_args("--model tests/tiny --prompts tests/tiny/prompts_few.txt --seeds 1 --steps 1 "
                               f"--limit 1 --out {tmp_path / 'out'}".split()))
     said = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "No space left on device: mend it and run again" in said
