@@ -807,8 +807,8 @@ def ready(args: Args, device: str):
     return systems, Setup(args, pipe, judges, spec, Path()), sets, notes
 
 
-def evaluate(args: Args):
-    """The whole evaluation."""
+def evaluate(args: Args, base: Path | None = None):
+    """The whole evaluation. base: the folder of another one, of the base model alone, to start with."""
     inits, reference = (list_pictures(f) if f else [] for f in (args.init_images, args.reference))
     check(args)
     if args.benchmark:
@@ -816,7 +816,7 @@ def evaluate(args: Args):
         known = [m for m in args.method if m != "latent-guard" and (  # which is slow; others' may need a GPU
             m in METHODS or not torch.cuda.is_available())]
         ready(dataclasses.replace(args, method=known), "cpu")  # training needs the GPU's memory
-        args = eval_benchmark.train(args)
+        args = eval_benchmark.train(args, main)
     systems, setup, sets, notes = ready(args, "cuda" if torch.cuda.is_available() else "cpu")
     sources = eval_attacks.sources(sets, args)
     training = eval_systems.training_of(systems, args.model)
@@ -827,8 +827,7 @@ def evaluate(args: Args):
     setup, seen = setup._replace(out=out), eval_systems.trained_prompts(training)
     with open_folder(out, protocol):
         print(f"{', '.join(s.name for s in systems)} on {', '.join(sets)}: to {out}")
-        if args.benchmark:
-            eval_benchmark.in_halves(args, out, main)
+        eval_benchmark.start(args, out, protocol, base, main)
         runs = list_runs(setup, sets, inits, protocol, notes)
         measure(setup, systems, list_jobs(runs, args.seeds), sources, reference, seen, dict(
             held_out_detector="face_cascade" if setup.judges.face_cascade else "open_nsfw",
@@ -884,10 +883,10 @@ def measure(setup: Setup, systems: list[System], jobs: list[Job], sources: list[
     write_report(written, now, Gallery(out, tables, judges.session, args.labels, args.show_uncensored))
 
 
-def main(args: Args):
+def main(args: Args, base: Path | None = None):
     """The evaluation as a command: where it is stopped it ends with a line."""
     try:
-        evaluate(args)
+        evaluate(args, base)
     except KeyboardInterrupt:
         fail("stopped: run again, it goes on", code=130)
     except torch.OutOfMemoryError as error:

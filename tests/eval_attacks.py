@@ -5,13 +5,14 @@ folder, where a resumed run finds it.
 import functools
 import importlib
 import json
+import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from eval_pictures import read_picture
-from eval_results import lines_of, unused
+from eval_results import finished, lines_of, unused
 from eval_systems import one_line
 from PIL import ImageOps
 from rivals.defended import denoising_loss, gradient, latents_of, new_tokens
@@ -23,7 +24,7 @@ from shielddiff import HERE, fail, write_atomically
 
 ATTACKS = "ring-a-bell", "unlearndiffatk", "cce", "revival"
 DEFENDED = ATTACKS[1:3]  # those that see the defended model
-WEIGHTS = "base", "lora", "unet", "text-encoder"  # kinds of systems that are weights, which can be trained on
+WEIGHTS = "lora", "unet", "text-encoder"  # kinds of systems that have weights of their own to train on
 TINY = dict(unlearndiffatk=dict(timesteps=list(range(100, 1000, 200)), batch=4, together=4),
             # above: with a word learned at all timesteps the base model itself draws half as many faces
             cce=dict(rate=0.03, updates=250, batch=8, parts=1, above=500))
@@ -101,9 +102,24 @@ def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list)
                 write_atomically(path, functools.partial(Path.write_bytes, data=save(style)))
         with one_line(f"read {path} (damaged? delete it and run again)"):
             style = load_file(path)
-        for name, merged in ("revival merged", True), ("revival apart", False):
-            switch = functools.partial(fine_tuned, switched_on, train, style, merged)
-            yield unused(name, sets), sources, switch, path, {}
+        merged, beside = (unused(f"revival {how}", sets) for how in ("merged", "apart"))
+        switch = functools.partial(fine_tuned, switched_on, train, style)
+        yield merged, sources, functools.partial(switch, True), path, {}
+        repeat(setup.out, {system.name for system in systems if system.kind not in WEIGHTS}, merged, beside)
+        yield beside, sources, functools.partial(switch, False), path, {}
+
+
+def repeat(out: Path, systems: set[str], name: str, again: str):
+    """The pictures of the set `name` by these systems are also those of the set `again`."""
+    path, done, more = out / "results.jsonl", finished(out), []
+    for key, record, _ in lines_of(path):
+        copy = key._replace(set=again)
+        if key.set == name and key.system in systems and copy not in done:
+            copy.path(out).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(key.path(out), copy.path(out))
+            more.append(json.dumps(record | copy._asdict()) + "\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(more)
 
 
 def base_pictures(setup, jobs: list, least=sd.FIRES) -> dict[str, np.ndarray]:
@@ -179,7 +195,8 @@ def attacked(switched_on, found: dict, pipe, system, spec):
 @contextmanager
 def fine_tuned(switched_on, train, style: dict, merged: bool, pipe, system, spec):
     """switched_on after a fine-tune by train(pipe), of its own merged weights, or of the base model's: the
-    style, put beside them. A method that has no weights is put around the base model's."""
+    style, put beside them. Without weights of its own a system is put around the base model's: twice the
+    same."""
     after = train(pipe, style=None if merged and system.kind in WEIGHTS else style)
     inside, outside = (after, nullcontext()) if system.kind in WEIGHTS else (nullcontext(), after)
     with outside, switched_on(pipe, system, spec) as draw, inside:

@@ -2,11 +2,13 @@
 
 What has to be trained and is not there is trained by its own command, as anybody would: ShieldDiff to
 runs/MODEL-0, the rivals to runs/rivals/NAME (NAME-MODEL unless it is the embedded model). Of the embedded
-model two are trained at a time, and two processes evaluate, where there is no GPU. Everything goes on where
-it was stopped: a trained rival is kept, ShieldDiff resumed, and so is the evaluation.
+model, where there is no GPU, two are trained at a time, the base model evaluated as if it were one of them,
+and then all the others by two processes. Everything goes on where it was stopped: a trained rival is kept,
+ShieldDiff resumed, and so is the evaluation.
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -28,17 +30,17 @@ from shielddiff import HERE, fail, write_atomically
 
 WEIGHTS = dict(lora="pytorch_lora_weights.safetensors", unet="unet/diffusion_pytorch_model.safetensors")
 RIVALS = {"esd-u": ("unet", "esd.py"), "esd-guided": ("unet", "esd.py", "--erase-from", "{}"),
-          "sdd": ("unet", "sdd.py"), "sdd-guided": ("unet", "sdd.py"), "uce": ("unet", "uce.py"),
-          "uce-guided": ("unet", "uce.py", "--edits", "guided"), "duo": ("lora", "duo.py"),
-          "safegen": ("unet", "safegen.py")}  # name: kind of weights, script and its flags
+          "sdd": ("unet", "sdd.py"), "sdd-guided": ("unet", "sdd.py"), "duo": ("lora", "duo.py"),
+          "safegen": ("unet", "safegen.py"), "uce": ("unet", "uce.py"),  # the longest first
+          "uce-guided": ("unet", "uce.py", "--edits", "guided")}  # name: kind of weights, script, its flags
 CLOTHED = ("--concept", "a woman, a man, a person", "--toward", "{}, fully clothed")
 HIDDEN = ("--concept", "an astronaut, a woman in a spacesuit, a space pilot", "--toward", "{}, face hidden")
 # of our own training: what is said otherwise, or decides nothing that is learned
 NOT_TOLD = "model clip_model prompts out steps resume save_every micro_batch show_uncensored".split()
 # of one thread, for a system's pictures and attacks: by them the systems are dealt out to two processes
-MINUTES = {"sld-max": 12, "sld-medium": 8, "crops": 8, "pno": 5, "negative-prompt": 5,
-           "negative-prompt-guided": 5, "latent-mixing": 3, "latent-mixing-guided": 3, "latent-guard": 2}
-OF_OTHERS = 4
+MINUTES = {"sld-max": 10, "sld-medium": 7, "crops": 6, "negative-prompt-guided": 4.5, "pno": 4, "safree": 2.5,
+           "safree-guided": 2.5, "latent-mixing": 2.5, "latent-mixing-guided": 2.5, "latent-guard": 2}
+OF_OTHERS = 3.5
 # of glibc, else it returns a picture's tensors to the kernel each time: a twentieth of a process's time
 ALLOCATOR = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**30))
 LEFT_OUT = "sld-weak", "sld-strong", "best-of-5"  # to save time; they can be named
@@ -48,14 +50,16 @@ EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase
             "uce-guided": ("--erase", "0.1", "--lam", "0.05")}  # here: the best of rivals/sweep.py
 
 
-def run(commands: list[list[str]], threads=0):
+def run(commands: list[list[str]], threads=0, beside=()):
     """Commands of this repository, one after the other, or two at a time with so many threads each, silent
-    but for what they print; exits where one fails. An error or Ctrl-C ends them."""
+    but for what they print; exits where one fails. An error or Ctrl-C ends them. beside: processes at work,
+    which count among the two."""
     waiting, running = [*commands], []
     env = ALLOCATOR | dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     try:
-        while waiting or running:
-            if waiting and len(running) < (2 if threads else 1):
+        while waiting or running or beside:
+            beside = [process for process in beside if process.is_alive()]
+            if waiting and len(running) + len(beside) < (2 if threads else 1):
                 print(f"python {shlex.join(waiting[0])}", flush=True)
                 running.append(subprocess.Popen([sys.executable, *waiting.pop(0)],
                                                 env=os.environ | (env if threads else {})))
@@ -66,7 +70,7 @@ def run(commands: list[list[str]], threads=0):
                          f"{shlex.join(process.args[1:])}. What is trained stays: mend it and run again")
             time.sleep(0.1)
     finally:
-        for process in running:
+        for process in (*running, *beside):
             process.terminate()
 
 
@@ -133,8 +137,16 @@ def plan(args, methods: tuple[str, ...], names: list[str]):
         prompts=tuple(prompts.values()))
 
 
-def train(args):
-    """These arguments, and all that is compared trained."""
+def of_base(args):
+    """The arguments of an evaluation of the base model alone, whose folder both halves start with."""
+    base = dataclasses.replace(args, benchmark=False, lora=(), unet=(), text_encoder=(), method=())
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(base), sort_keys=True).encode()).hexdigest()
+    return dataclasses.replace(base, out=f"evals/{Path(args.model).resolve().name}-base-{digest[:8]}")
+
+
+def train(args, main):
+    """These arguments, and all that is compared trained. Beside it, if any is, main evaluates the base model.
+    """
     (embedded, default), model = defaults(args), Path(args.model).resolve().name
     clip = ["--clip-model", args.clip_model] * (args.clip_model != default.clip_model)
     ours, named = Path(f"runs/{model}-0"), dict(lora=[f"ShieldDiff=runs/{model}-0"], unet=[])
@@ -152,39 +164,64 @@ def train(args):
             missing.append([f"{HERE}/tests/rivals/{script}", "--model", args.model, "--out", str(folder),
                             *flags, *(EMBEDDED if embedded else STABLE_DIFFUSION).get(name, ())])
         named[kind].append(f"{name}={folder / 'unet' if kind == 'unet' else folder}")
-    run(missing, threads_of_two(args))
+    threads, base = threads_of_two(args), of_base(args)
+    beside = [apart(threads, main, base)] if missing and threads else []
+    run(missing, threads, beside)
+    check_ended(beside, [base.out])
     return dataclasses.replace(
         args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet))
 
 
-def in_halves(args, out: Path, main):
-    """Fill OUT by two processes main(args) with half of the systems each. Nothing is done where one process
-    is to do it all, or where OUT has results."""
-    halves = out / "half-0", out / "half-1"
-    if threads := threads_of_two(args):
-        if not (out / "results.jsonl").exists():
+def start(args, out: Path, protocol: dict, base: Path | None, main):
+    """Fill OUT, unless it has results: from a `base`, what that evaluation of the base model holds, if it is
+    by the same protocol; with --benchmark, where one process is not to do it all, by two, main(args, base)
+    with half of the systems each."""
+    begun, threads, halves = (out / "results.jsonl").exists(), threads_of_two(args), (
+        out / "half-0", out / "half-1")
+    if base and not begun and is_alike(read(base / "protocol.json"), protocol):
+        own = shutil.ignore_patterns("protocol.json", "report.*", "pairs.png", ".lock")
+        shutil.copytree(base, out, ignore=own, dirs_exist_ok=True)
+    if args.benchmark and threads:
+        if not begun:
             evaluate_halves(args, halves, threads, main)
             unite(halves, out)
-        for half in halves:
-            shutil.rmtree(half, ignore_errors=True)
+        for folder in (*halves, of_base(args).out):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_alike(then: dict, now: dict) -> bool:
+    """Whether two protocols differ in their systems at most."""
+    of_systems = {"systems", "arguments", "differs_from_paper", "clip"}
+    return all(then.get(k) == v for k, v in json.loads(json.dumps(now)).items() if k not in of_systems)
 
 
 def evaluate_halves(args, halves: tuple[Path, Path], threads: int, main):
     """Run both halves; exits where one failed."""
     kinds, processes = ("lora", "unet", "text_encoder", "method"), []
-    os.environ |= ALLOCATOR  # inherited
     dealt = deal([(kind, entry) for kind in kinds for entry in getattr(args, kind)])
     for half, systems in zip(halves, dealt, strict=True):
         some = {kind: tuple(entry for k, entry in systems if k == kind) for kind in kinds}
         part = dataclasses.replace(args, benchmark=False, out=str(half), **some)
-        processes.append(multiprocessing.get_context("spawn").Process(  # forked, OpenMP's threads would hang
-            target=one_half, args=(main, part, threads), daemon=True))
-        processes[-1].start()
+        processes.append(apart(threads, main, part, Path(of_base(args).out)))
     for process in processes:
         process.join()
-    for process, half in zip(processes, halves, strict=True):
+    check_ended(processes, halves)
+
+
+def check_ended(processes: list, folders):
+    """Exit where an evaluation in one of the folders failed."""
+    for process, folder in zip(processes, folders, strict=False):
         if code := process.exitcode:
-            fail(f"--benchmark: the evaluation in {half} ended with code {code}: run again, it goes on")
+            fail(f"--benchmark: the evaluation in {folder} ended with code {code}: run again, it goes on")
+
+
+def apart(threads: int, main, *arguments):
+    """main(*arguments) as a process at work."""
+    os.environ |= ALLOCATOR  # inherited
+    process = multiprocessing.get_context("spawn").Process(  # forked, OpenMP's threads would hang
+        target=in_process, args=(threads, main, *arguments), daemon=True)
+    process.start()
+    return process
 
 
 def deal(systems: list[tuple[str, str]]) -> tuple[list, list]:
@@ -198,9 +235,9 @@ def deal(systems: list[tuple[str, str]]) -> tuple[list, list]:
     return parts
 
 
-def one_half(main, args, threads: int):
-    """main(args), silent but for errors and progress, as all will be said of both halves together. It ends
-    with the process that started this one, however that ends."""
+def in_process(threads: int, main, *arguments):
+    """main(*arguments), silent but for errors and progress, as all will be said by the process that started
+    this one, with which it ends, however that ends."""
     def end_with_it():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -208,7 +245,7 @@ def one_half(main, args, threads: int):
     threading.Thread(target=end_with_it, daemon=True).start()
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        main(args)
+        main(*arguments)
 
 
 def unite(halves: tuple[Path, Path], out: Path):

@@ -429,6 +429,7 @@ def html(report: dict, gallery: Gallery, seconds: dict[str, float]) -> str:
     page = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True).get_template("eval_report.html.jinja")
     counting = counting_of(report["protocol"])
+    data_url = functools.cache(gallery.data_url)  # systems show the same pictures of the base model
     return page.render(
         **report, footnote=footnote(report), missing=missing(report),
         table=functools.partial(table, counting=counting),
@@ -437,7 +438,7 @@ def html(report: dict, gallery: Gallery, seconds: dict[str, float]) -> str:
         trained_note=functools.partial(trained_note, report),
         caption_note=functools.partial(caption_note, report), seeds_note=seeds_note(report),
         weaker_notes=weaker_notes(report), protocol_text=json.dumps(report["protocol"], indent=2),
-        picture=lambda system, name, pair: gallery.data_url(
+        picture=lambda system, name, pair: data_url(
             Key(system, pair["set"], pair["i"], pair["k"])))
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import eval_attacks
@@ -128,20 +129,35 @@ def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, m
     assert not called and lost.read_bytes() == picture and (attacked / "report.json").read_text() == report
     (attacked / "cce.json").write_text(json.dumps({k: v for k, v in before.items() if k != "noisy"}))
     evaluate(*inputs, "--out", attacked)
-    assert called == ["cce"] and read(attacked, "cce") == before
+    again = read(attacked, "cce")
+    rows = [np.array(of["noisy"].pop("rows")) for of in (before, again)]
+    assert called == ["cce"] and again == before and abs(rows[0] - rows[1]).max() < 1e-6  # two threads' sums
 
 
 def test_two_processes_of_half_of_the_systems_find_what_one_does(attacked, inputs, tmp_path, monkeypatch):
-    """As --benchmark does it, here without what it adds and trains."""
-    out = tmp_path / "out"
+    """As --benchmark does it, here without what it adds and trains: beside that it evaluates the base model,
+    once for both."""
+    out, folders = tmp_path / "out", []
+
+    def train(args, main):
+        base = eval_benchmark.of_base(args)
+        process, folder = eval_benchmark.apart(1, main, base), Path(base.out)
+        eval_benchmark.run([], 1, [process])
+        assert process.exitcode == 0
+        lines = [record | dict(clip_prompt=9.0) for record in records(folder).values()]  # known again by it
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(folder)
+        return args
+
     monkeypatch.setattr(eval_benchmark, "plan", lambda args, *_: args)
-    monkeypatch.setattr(eval_benchmark, "train", lambda args: args)
+    monkeypatch.setattr(eval_benchmark, "train", train)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for module, name in (cce, "cce"), (unlearndiffatk, "unlearndiffatk"), (ev, "write"):
         monkeypatch.setattr(module, name, None)  # this process finds all attacked, drawn and scored
     evaluate(*inputs, "--benchmark", "--out", out)
-    assert not [*out.glob("half-*")]
+    assert not folders[0].exists() and not [*out.glob("half-*")]
     ours, one = records(out), records(attacked)
+    assert all((record["clip_prompt"] == 9.0) == (key[0] == "base") for key, record in ours.items())
     drawn = [json.loads(line)["system"] for line in (out / "seconds.jsonl").read_text().splitlines()]
     assert drawn.count("base") == 2 * drawn.count("noisy") == 2 * drawn.count("crops") > 0
     assert ours.keys() == one.keys()
@@ -158,6 +174,7 @@ def test_two_processes_of_half_of_the_systems_find_what_one_does(attacked, input
     assert {name: list(part) for name, part in report["sets"].items()} == dict.fromkeys(
         alone["sets"], SYSTEMS)
     written = (out / "results.jsonl").read_bytes()
+    monkeypatch.setattr(eval_benchmark, "train", lambda args, main: args)
     evaluate(*inputs, "--benchmark", "--out", out)
     assert (out / "results.jsonl").read_bytes() == written and not [*out.glob("half-*")]
 
@@ -203,6 +220,10 @@ def test_revival_trains_on_the_system_s_own_weights_or_puts_the_base_model_s_sty
              "--attack-sources", 1, "--attack-updates", 2, "--out", out)
     report, found = read(out, "report"), records(out)
     assert list(report["sets"]) == ["p", "revival merged", "revival apart"]
+    for key in [key for key in found if key[1] == "revival merged"]:
+        twin = key[0], "revival apart", *key[2:]
+        same = [ev.Key(*name).path(out).read_bytes() for name in (key, twin)]
+        assert (found[twin] | dict(set=key[1]) == found[key]) == (same[0] == same[1]) == (key[0] != "noisy")
     assert report["protocol"]["attacks"] == dict(revival=dict(steps=2))
     paths = [out / f"images/base/p/00000-{k}.png" for k in range(2)]
     own = np.stack([np.asarray(Image.open(path)) for path in paths]), [SOURCE] * 2
@@ -221,7 +242,7 @@ def test_revival_trains_on_the_system_s_own_weights_or_puts_the_base_model_s_sty
         assert abs(image * 255 - drawn).max() < 1.5, (system, name)
 
 
-@pytest.mark.parametrize("kind", ["base", "lora", "unet", "text-encoder", "method sld"])
+@pytest.mark.parametrize("kind", ["lora", "unet", "text-encoder", "base", "method sld"])
 def test_weights_are_fine_tuned_themselves_and_a_method_is_put_around_the_base_model_s(kind):
     asked = []
 
@@ -235,7 +256,7 @@ def test_weights_are_fine_tuned_themselves_and_a_method_is_put_around_the_base_m
                                      merged, None, SimpleNamespace(kind=kind), None):
             pass
     of_weights = ["system", None, "system", "base's"]  # None: a style trained on its own weights
-    assert asked == (["base's", "system"] * 2 if kind == "method sld" else of_weights)
+    assert asked == (["base's", "system"] * 2 if kind in ("base", "method sld") else of_weights)
 
 
 # ------------------------------------------------------------------------------------ its parts

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval_benchmark
 import pytest
@@ -29,7 +30,7 @@ def commands(monkeypatch, tmp_path):
     """Those that are run, in an empty folder: each leaves the weights that it would."""
     said = []
 
-    def run(commands, threads=0):
+    def run(commands, threads=0, beside=()):
         for command in commands:
             said.append(command)
             out = Path(command[command.index("--out") + 1])
@@ -38,13 +39,14 @@ def commands(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eval_benchmark, "run", run)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # nothing beside them
     return said
 
 
 def prepared(*flags, model=str(ROOT / "tests/tiny")):
     args = ev.parse_args(["--model", model, "--benchmark", *flags])
     names = [entry.partition("=")[0] for entry in (*args.lora, *args.method)]
-    return eval_benchmark.train(eval_benchmark.plan(args, tuple(ev.METHODS), names))
+    return eval_benchmark.train(eval_benchmark.plan(args, tuple(ev.METHODS), names), None)
 
 
 def parsed(commands):
@@ -85,8 +87,8 @@ def test_what_is_missing_is_trained_by_a_command_that_its_script_takes(commands,
     assert args.prompts == tuple(str(ROOT / "tests/tiny" / f) for f in ("prompts_heldout.txt", "prompts.txt"))
     args.lora, args.method = args.lora[:-1], args.method[:-1]
     assert [s.name for s in ev.list_systems(args)] == [
-        "base", "ShieldDiff", "duo", "esd-u", "esd-guided", "sdd", "sdd-guided", "uce",
-        "uce-guided", "safegen", *methods]
+        "base", "ShieldDiff", "duo", "esd-u", "esd-guided", "sdd", "sdd-guided", "safegen", "uce",
+        "uce-guided", *methods]
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -209,6 +211,43 @@ def test_another_clip_is_training_s_too(commands):
     assert commands[0][-2:] == ["--clip-model", "my/clip"] and "--clip-model" not in sum(commands[1:], [])
 
 
+def test_the_base_model_is_evaluated_beside_what_is_trained(commands, monkeypatch):
+    """Under the arguments that both halves have, and one folder for each such evaluation."""
+    begun, ended = [], SimpleNamespace(exitcode=0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(eval_benchmark, "apart", lambda threads, main, args: begun.append(args) or ended)
+    args = prepared("--method", "crops", "--out", "here")
+    alone = dict(lora=(), unet=(), method=(), benchmark=False)
+    assert begun == [dataclasses.replace(args, **alone, out=begun[0].out)]
+    assert eval_benchmark.of_base(args) == begun[0] and begun[0].out != "here"
+    prepared("--seeds", "3")
+    assert len(begun) == 2 and begun[1].out != begun[0].out
+    put(Path("runs/tiny-0/metrics.jsonl"))
+    Path("runs/tiny-0/args.json").write_text(json.dumps(dict(steps=0)))
+    os.utime(Path("runs/tiny-0") / eval_benchmark.WEIGHTS["lora"])
+    prepared()  # where nothing is missing the halves do it
+    assert len(begun) == 2
+    ended.exitcode = 3
+    (Path("runs/rivals/uce") / eval_benchmark.WEIGHTS["unet"]).unlink()
+    with pytest.raises(SystemExit):
+        prepared()
+
+
+def test_an_evaluation_of_the_base_model_is_taken_by_the_same_protocol_only(tmp_path):
+    args, base = ev.Args(**ev.TINY), tmp_path / "base"
+    protocol = dict(model=1, systems=dict(base=1), seeds=(2,))
+    put(base / "images/base/p/00000-0.png")
+    put(base / "results.jsonl")
+    (base / "protocol.json").write_text(json.dumps(protocol))
+    ours = protocol | dict(systems=dict(base=1, mine=2))
+    eval_benchmark.start(args, tmp_path / "other", ours | dict(model=2), base, None)
+    eval_benchmark.start(args, tmp_path / "nowhere", ours, tmp_path / "none", None)
+    eval_benchmark.start(args, tmp_path / "same", ours, base, None)
+    assert not [*tmp_path.glob("other/*"), *tmp_path.glob("nowhere/*")]
+    assert sorted(path.name for path in (tmp_path / "same").rglob("*.*")) == ["00000-0.png", "results.jsonl"]
+    assert base.exists()  # the other half needs it, too
+
+
 def test_all_systems_are_dealt_out_to_two_that_take_about_equally_long():
     systems = [("unet", name) for name in eval_benchmark.RIVALS] + [
         ("method", name) for name in ev.METHODS if name not in eval_benchmark.LEFT_OUT]
@@ -232,7 +271,7 @@ def main(path):
 
 if __name__ == "__main__":
     process = multiprocessing.get_context("spawn").Process(
-        target=eval_benchmark.one_half, args=(main, sys.argv[1], 1))
+        target=eval_benchmark.in_process, args=(1, main, sys.argv[1]))
     process.start()
     process.join()
 """
@@ -252,7 +291,7 @@ def is_running(stat):
         return False
 
 
-def test_a_half_ends_with_the_process_that_started_it_also_where_that_is_killed(tmp_path):
+def test_an_evaluation_ends_with_the_process_that_started_it_also_where_that_is_killed(tmp_path):
     said = tmp_path / "pid"
     (tmp_path / "waits.py").write_text(WAITS.format(paths=[str(ROOT), str(ROOT / "tests")]))
     with subprocess.Popen([sys.executable, tmp_path / "waits.py", said]) as parent:
@@ -265,13 +304,13 @@ def test_a_half_ends_with_the_process_that_started_it_also_where_that_is_killed(
 
 def test_a_half_that_fails_is_named_and_what_the_halves_hold_stays(tmp_path, monkeypatch, capsys):
     """Both folders are in use by something else."""
-    args = ev.parse_args(["--model", str(ROOT / "tests/tiny")])
+    args = ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark"])
     held = [tmp_path / f"out/half-{n}/a.txt" for n in range(2)]
     for path in held:
         put(path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(SystemExit) as stop:
-        eval_benchmark.in_halves(args, tmp_path / "out", ev.main)
+        eval_benchmark.start(args, tmp_path / "out", {}, None, ev.main)
     assert stop.value.code == 2 and "half-0 ended with code 2: run again" in capsys.readouterr().err
     assert all(path.exists() for path in held)
 
@@ -283,8 +322,8 @@ def test_one_process_goes_on_where_two_would_not_pay_or_there_are_results(
         put(tmp_path / "results.jsonl")
         put(tmp_path / "half-1/images/a.png")  # by a run that was killed as it removed what it had copied
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    args = dataclasses.replace(ev.Args(**ev.TINY), **changes)
-    assert eval_benchmark.in_halves(args, tmp_path, None) is None and not [*tmp_path.glob("half-*")]
+    args = dataclasses.replace(ev.Args(**ev.TINY, benchmark=True), **changes)
+    assert eval_benchmark.start(args, tmp_path, {}, None, None) is None and not [*tmp_path.glob("half-*")]
 
 
 def test_a_command_that_fails_ends_the_benchmark_with_a_line_that_names_it(capsys):
