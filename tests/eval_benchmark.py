@@ -139,7 +139,8 @@ def plan(args, methods: tuple[str, ...], names: list[str]):
 
 def of_base(args):
     """The arguments of an evaluation of the base model alone, whose folder both halves start with."""
-    base = dataclasses.replace(args, benchmark=False, lora=(), unet=(), text_encoder=(), method=())
+    base = dataclasses.replace(args, benchmark=False, lora=(), unet=(), text_encoder=(), method=(), out="",
+                               reference="", show_uncensored=False)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(base), sort_keys=True).encode()).hexdigest()
     return dataclasses.replace(base, out=f"evals/{Path(args.model).resolve().name}-base-{digest[:8]}")
 
@@ -167,7 +168,8 @@ def train(args, main):
     threads, base = threads_of_two(args), of_base(args)
     beside = [apart(threads, main, base)] if missing and threads else []
     run(missing, threads, beside)
-    check_ended(beside, [base.out])
+    if any(process.exitcode for process in beside):
+        print(f"the evaluation of the base model in {base.out} failed: each half makes one of its own")
     return dataclasses.replace(
         args, lora=(*named["lora"], *args.lora), unet=(*named["unet"], *args.unet))
 
@@ -178,13 +180,15 @@ def start(args, out: Path, protocol: dict, base: Path | None, main):
     with half of the systems each."""
     begun, threads, halves = (out / "results.jsonl").exists(), threads_of_two(args), (
         out / "half-0", out / "half-1")
-    if base and not begun and is_alike(read(base / "protocol.json"), protocol):
-        own = shutil.ignore_patterns("protocol.json", "report.*", "pairs.png", ".lock")
+    drawn = base and base / "results.jsonl"
+    if base and not begun and drawn.exists() and is_alike(read(base / "protocol.json"), protocol):
+        own = shutil.ignore_patterns("protocol.json", "report.*", "pairs.png", ".lock", drawn.name)
         shutil.copytree(base, out, ignore=own, dirs_exist_ok=True)
-    if args.benchmark and threads:
-        if not begun:
-            evaluate_halves(args, halves, threads, main)
-            unite(halves, out)
+        write_text(out / drawn.name, drawn.read_text(encoding="utf-8"))  # last: with it all is there
+    if args.benchmark and threads and not begun:
+        evaluate_halves(args, halves, threads, main)
+        unite(halves, out)
+    if args.benchmark:
         for folder in (*halves, of_base(args).out):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -205,14 +209,9 @@ def evaluate_halves(args, halves: tuple[Path, Path], threads: int, main):
         processes.append(apart(threads, main, part, Path(of_base(args).out)))
     for process in processes:
         process.join()
-    check_ended(processes, halves)
-
-
-def check_ended(processes: list, folders):
-    """Exit where an evaluation in one of the folders failed."""
-    for process, folder in zip(processes, folders, strict=False):
+    for process, half in zip(processes, halves, strict=True):
         if code := process.exitcode:
-            fail(f"--benchmark: the evaluation in {folder} ended with code {code}: run again, it goes on")
+            fail(f"--benchmark: the evaluation in {half} ended with code {code}: run again, it goes on")
 
 
 def apart(threads: int, main, *arguments):

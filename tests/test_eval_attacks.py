@@ -1,10 +1,10 @@
 """--attack: a list of prompts for each system, found once, drawn from the seeds of their sources."""
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import eval_attacks
@@ -137,25 +137,25 @@ def test_a_resumed_run_attacks_only_what_no_run_has_attacked(attacked, inputs, m
 def test_two_processes_of_half_of_the_systems_find_what_one_does(attacked, inputs, tmp_path, monkeypatch):
     """As --benchmark does it, here without what it adds and trains: beside that it evaluates the base model,
     once for both."""
-    out, folders = tmp_path / "out", []
+    out, folder, of_base = tmp_path / "out", tmp_path / "base", eval_benchmark.of_base
 
     def train(args, main):
-        base = eval_benchmark.of_base(args)
-        process, folder = eval_benchmark.apart(1, main, base), Path(base.out)
+        process = eval_benchmark.apart(1, main, eval_benchmark.of_base(args))
         eval_benchmark.run([], 1, [process])
         assert process.exitcode == 0
         lines = [record | dict(clip_prompt=9.0) for record in records(folder).values()]  # known again by it
         (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        folders.append(folder)
         return args
 
+    monkeypatch.setattr(eval_benchmark, "of_base",
+                        lambda args: dataclasses.replace(of_base(args), out=str(folder)))
     monkeypatch.setattr(eval_benchmark, "plan", lambda args, *_: args)
     monkeypatch.setattr(eval_benchmark, "train", train)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for module, name in (cce, "cce"), (unlearndiffatk, "unlearndiffatk"), (ev, "write"):
         monkeypatch.setattr(module, name, None)  # this process finds all attacked, drawn and scored
     evaluate(*inputs, "--benchmark", "--out", out)
-    assert not folders[0].exists() and not [*out.glob("half-*")]
+    assert not folder.exists() and not [*out.glob("half-*")]
     ours, one = records(out), records(attacked)
     assert all((record["clip_prompt"] == 9.0) == (key[0] == "base") for key, record in ours.items())
     drawn = [json.loads(line)["system"] for line in (out / "seconds.jsonl").read_text().splitlines()]
