@@ -297,6 +297,10 @@ def test_an_attack_noises_as_the_model_was_trained_whatever_the_sampler(model, a
                 with base(model, SPEC, stock_of(model)) as draw_, torch.no_grad():
                     loss = defended.denoising_loss(model, draw_, SPEC, ["a"], latents, 600, sd.generator(1))
                 found.append((loss.item(), defended.target_of(model, latents, noise, t)))
+            said = defended.target_of(model, latents, torch.randn(  # what it is asked for at t, not before
+                latents.shape, generator=sd.generator(1)), t), None
+            assert defended.denoising_loss(model, lambda call, said=said: said, SPEC, ["a"], latents, 600,
+                                           sd.generator(1)) == 0
     finally:
         model.scheduler = own
     for four in (found[:4], found[4:]):

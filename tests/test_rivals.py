@@ -378,6 +378,22 @@ def test_latent_guard_s_layer_by_hand():
             torch.testing.assert_close(layer(prompts, concepts)[p, c], score / 0.07)
 
 
+def test_pno_s_score_weighs_five_times_as_much_as_each_of_its_penalties(pipe, monkeypatch):
+    """All three are sums of the noise here, and the optimizer takes the gradient itself for its step."""
+    seen = []
+
+    def picture_of(pipe, x, context, call):
+        seen.append(x.detach().clone())
+        return x.permute(0, 2, 3, 1) + 0 * context.sum()
+
+    monkeypatch.setattr(pno, "picture_of", picture_of)
+    monkeypatch.setattr(pno, "log_likelihood", lambda x: -x.sum(dim=1))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda tensors, lr: torch.optim.SGD(tensors, lr=1.0))
+    pno.optimise(pipe, lambda p: p.sum()[None] + 1e5, call_of(pipe, ASTRONAUTS[:1]),
+                 torch.randn(1, 4, 16, 16), torch.Generator(), steps=1)
+    torch.testing.assert_close(seen[0] - seen[1], torch.full((1, 4, 16, 16), 5.0 + 1 + 1))
+
+
 @pytest.fixture(scope="module")
 def guard(pipe):
     return latent_guard.train(pipe, spec_of(), 40)
