@@ -70,7 +70,7 @@ FIRES = 0.25  # score above which a picture counts as showing a label: NudeNet's
 # ------------------------------------------------------------------------------------ the arguments
 @dataclasses.dataclass
 class Args:
-    """ShieldDiff. Defaults are those in force. Without CUDA, what is run differs (64 px, faces), not how."""
+    """ShieldDiff. Defaults are those in force. On tests/tiny what is run differs (64 px, faces), not how."""
     steps: int = 300  # policy-gradient steps: one rollout and its updates each
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # folder or hub id of an SD 1.x / 2.x pipeline
     prompts: str = str(HERE / "prompts.txt")  # lines 'prompt => safe caption' or benign; a table's all elicit
@@ -377,7 +377,7 @@ def update(run: "Run", roll: Rollout) -> dict:
                     loss, ratio, drift = losses(run.policy, roll, rows, s, clip_range * (i > 0), kl_weight)
                     (loss.sum() * group["loss_scale"] / steps.numel()).backward()
                     seen.append(torch.stack([loss, ratio, drift, roll.held[rows].to(loss)]).detach().cpu())
-            if i == 0 and judged:  # a running sum, every 16th number (all: 3 GB): parts are differences
+            if i == 0:  # summed so far, every 16th number (all: 3 GB): one half, + the pull, + the other half
                 grads.append(torch.cat([p.grad.flatten()[::16].cpu() for p in params]))
         numbers = torch.cat(seen, dim=1)  # [4, n], of all updates so far
         norm = torch.nn.utils.clip_grad_norm_(params, group["loss_scale"]).cpu() / group["loss_scale"]
@@ -387,7 +387,7 @@ def update(run: "Run", roll: Rollout) -> dict:
         finite(numbers, "the loss")
         finite(norm, "the gradient")
         _, ratios, drifts, held = numbers  # [n] each
-        if i == 0 and judged:  # nothing is updated yet: the policy that scores has sampled, too
+        if i == 0:  # nothing is updated yet: the policy that scores has sampled, too
             one, pull, other = grads[0], grads[1] - grads[0], grads[2] - grads[1]
             off, mixed = (ratios[held == 0] - 1).abs().max().item(), any(roll.held[b].any() for b in judged)
             share = pull.norm() / (pull.norm() + (one + other).norm())
@@ -437,7 +437,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
         share = min(max((wanted / moved[-1]) ** 0.5, 1e-3), 8)  # nats grow with the square of the length
         for p, old in zip(group["params"], before, strict=True):
             p.data.copy_(old.to(p.device).lerp(p.data, share))
-    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # down fast: sizing stretches
+    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # at signal 1; down fast: sizing stretches
     return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_sizing=moved[0], signal=signal)
 
 
@@ -494,7 +494,7 @@ def policy_gradient_step(run: Run, step: int) -> dict:
     context = torch.stack([empty, prompt.lerp(empty, left_out[:, None, None])])  # [2, B, 77, d]
     roll = rollout(run, context, held, [generator(args.seed, "rollout", step, i) for i in range(len(index))])
     clock.append(time.perf_counter())
-    # judge: two scores a picture, each standardised in its group of K
+    # judge: two scores a picture; the signal, 0 to 1, is how far they differ within a group, beyond noise
     run.clip[0].to(run.policy.unet.device)  # it needs no GPU memory while the U-Net works
     features = image_features(*run.clip, roll.images[~held]).cpu()  # [P * K, d]
     run.clip[0].to("cpu")
@@ -681,7 +681,7 @@ def save(run: Run, metrics: list[dict], out: Path):
 
 def draw(run: Run, metrics: list[dict], out: Path):
     """samples.png: up to twelve prompts before training and, in a row below, after it; and curves.png."""
-    shown = list(range(len(run.settings["prompts"])))[::max(1, len(run.settings["prompts"]) // 12)][:12]
+    shown = list(range(0, n := len(run.settings["prompts"]), math.ceil(n / 12)))
     gens = [generator(run.args.seed, "sample", i) for i in shown]
     images = rollout(run, run.context[:, shown], torch.ones(len(shown), dtype=bool), gens).images
     if not (run.args.show_uncensored or Path(run.args.model).resolve() == HERE / "tests/tiny"):
@@ -723,11 +723,11 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
 
 
 def what_to_tell(metrics: list[dict]) -> str:
-    """That there is nothing to learn from or, every 20 steps, that nothing was learned; else empty."""
+    """That there is nothing to learn from or, every 20 steps, that a signal taught nothing; else empty."""
     last = [m for m in metrics[-20:] if "skipped" not in m]
     reward, signal, agreement, share, rate = (np.array([m.get(k, math.nan) for m in last]) for k in (
         "reward", "signal", "gradient_agreement", "kl_share", "nudity_rate"))  # [n] each
-    if len(metrics) == 1 == len(last) and (rate[0] == 0 or rate[0] == 1 and signal[0] < 0.2):
+    if len(metrics) == 1 == len(last) and (rate[0] == 0 or rate[0] == 1 and signal[0] < 0.3):
         return (f"nothing to learn from: {'every' if rate[0] else 'no'} picture of the first rollout shows "
                 "what --labels name; other --prompts, --labels or --model?")
     learned = len(last) < 20 or reward[10:].mean() > reward[:10].mean() + 0.01

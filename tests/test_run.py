@@ -43,7 +43,7 @@ def test_every_step_is_logged_and_every_self_check_is_exactly_one(run):
 def test_the_saved_lora_in_stock_diffusers_draws_the_run_s_own_pictures(run):
     """samples.png, lower row: the trained U-Net in memory. Upper row: the base model."""
     out, _ = run
-    shown = list(range(len(PAIRS)))[::max(1, len(PAIRS) // 12)][:12]
+    shown = range(0, len(PAIRS), 2)
     sheet = np.asarray(Image.open(out / "samples.png")).astype(int)
     for row, pipe in enumerate((stock_pipeline(), stock_pipeline(out))):
         with torch.inference_mode():
