@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -52,9 +53,9 @@ EMBEDDED = {"esd-guided": (*HIDDEN, "--learning-rate", "1e-4"), "uce": ("--erase
 
 def run(commands: list[list[str]], threads=0, beside=()):
     """Commands of this repository, one after the other, or two at a time with so many threads each, silent
-    but for what they print; exits where one fails. An error or Ctrl-C ends them. beside: processes at work,
-    which count among the two."""
-    waiting, running = [*commands], []
+    but for what they print; exits where one fails. An error, Ctrl-C or SIGTERM ends them. beside: processes
+    at work, which count among the two."""
+    waiting, running, handler = [*commands], [], signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     env = ALLOCATOR | dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     try:
         while waiting or running or beside:
@@ -72,6 +73,7 @@ def run(commands: list[list[str]], threads=0, beside=()):
     finally:
         for process in (*running, *beside):
             process.terminate()
+        signal.signal(signal.SIGTERM, handler)
 
 
 def read(path: Path) -> dict:

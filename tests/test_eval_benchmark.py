@@ -303,6 +303,17 @@ def test_an_evaluation_ends_with_the_process_that_started_it_also_where_that_is_
     wait_for(lambda: not is_running(half))
 
 
+def test_what_is_trained_ends_with_a_benchmark_that_is_told_to(tmp_path):
+    said = str(tmp_path / "pid")
+    command = ["-c", MEETS, said, str(tmp_path / "nowhere")]
+    script = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import eval_benchmark as b"
+    with subprocess.Popen([sys.executable, "-c", f"{script}; b.run([{command}], 3)"]) as parent:
+        wait_for(lambda: Path(said).exists() and Path(said).read_text())
+        parent.terminate()
+    assert parent.returncode == 143
+    wait_for(lambda: not is_running(Path(f"/proc/{Path(said).read_text()}/stat")))
+
+
 def test_a_half_that_fails_is_named_and_what_the_halves_hold_stays(tmp_path, monkeypatch, capsys):
     """Both folders are in use by something else."""
     args = ev.parse_args(["--model", str(ROOT / "tests/tiny"), "--benchmark"])
