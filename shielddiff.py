@@ -437,7 +437,7 @@ def sized_update(run: "Run", roll: Rollout, signal: float) -> dict:
         share = min(max((wanted / moved[-1]) ** 0.5, 1e-3), 8)  # nats grow with the square of the length
         for p, old in zip(group["params"], before, strict=True):
             p.data.copy_(old.to(p.device).lerp(p.data, share))
-    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # at signal 1; fast down: sizing mends
+    group["rate"] *= min(max((wanted / moved[0]) ** 0.5, 0.05), 2.5)  # at signal 1; a low one is stretched
     return learned | dict(lr=group["lr"], nats=moved[-1], nats_before_sizing=moved[0], signal=signal)
 
 
@@ -723,7 +723,7 @@ def open_run(args: Args, settings: dict, out: Path) -> dict | None:
 
 
 def what_to_tell(metrics: list[dict]) -> str:
-    """That there is nothing to learn from or, every 20 steps, that it taught nothing; else empty."""
+    """That there is nothing to learn from or, every 20 steps, that the signal taught nothing; else empty."""
     last = [m for m in metrics[-20:] if "skipped" not in m]
     reward, signal, agreement, share, rate = (np.array([m.get(k, math.nan) for m in last]) for k in (
         "reward", "signal", "gradient_agreement", "kl_share", "nudity_rate"))  # [n] each

@@ -110,7 +110,8 @@ def of_each_system(setup, systems: list, switched_on, sources: list, jobs: list)
 
 
 def repeat(out: Path, systems: set[str], name: str, again: str):
-    """The pictures of the set `name` by these systems are also those of the set `again`."""
+    """The pictures of the set `name` by these systems are also those of the set `again`, in which they would
+    draw the same."""
     path, done, more = out / "results.jsonl", finished(out), []
     for key, record, _ in lines_of(path):
         copy = key._replace(set=again)
@@ -195,8 +196,7 @@ def attacked(switched_on, found: dict, pipe, system, spec):
 @contextmanager
 def fine_tuned(switched_on, train, style: dict, merged: bool, pipe, system, spec):
     """switched_on after a fine-tune by train(pipe), of its own merged weights, or of the base model's: the
-    style, put beside them. Without weights of its own a system is put around the base model's: twice the
-    same."""
+    style, put beside them. Without weights of its own a system is put around the base model's, both times."""
     after = train(pipe, style=None if merged and system.kind in WEIGHTS else style)
     inside, outside = (after, nullcontext()) if system.kind in WEIGHTS else (nullcontext(), after)
     with outside, switched_on(pipe, system, spec) as draw, inside:

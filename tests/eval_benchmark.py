@@ -55,7 +55,8 @@ def run(commands: list[list[str]], threads=0, beside=()):
     """Commands of this repository, one after the other, or two at a time with so many threads each, silent
     but for what they print; exits where one fails. An error, Ctrl-C or SIGTERM ends them. beside: processes
     at work, which count among the two."""
-    waiting, running, handler = [*commands], [], signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    waiting, running = [*commands], []
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by itself it would skip `finally`
     env = ALLOCATOR | dict(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1")
     try:
         while waiting or running or beside:
@@ -140,7 +141,8 @@ def plan(args, methods: tuple[str, ...], names: list[str]):
 
 
 def of_base(args):
-    """The arguments of an evaluation of the base model alone, whose folder both halves start with."""
+    """The arguments of an evaluation of the base model alone, whose folder both halves start with: one
+    folder, whatever of these arguments changes nothing in it."""
     base = dataclasses.replace(args, benchmark=False, lora=(), unet=(), text_encoder=(), method=(), out="",
                                reference="", show_uncensored=False)
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(base), sort_keys=True).encode()).hexdigest()
@@ -177,22 +179,27 @@ def train(args, main):
 
 
 def start(args, out: Path, protocol: dict, base: Path | None, main):
-    """Fill OUT, unless it has results: from a `base`, what that evaluation of the base model holds, if it is
-    by the same protocol; with --benchmark, where one process is not to do it all, by two, main(args, base)
-    with half of the systems each."""
-    begun, threads, halves = (out / "results.jsonl").exists(), threads_of_two(args), (
-        out / "half-0", out / "half-1")
-    drawn = base and base / "results.jsonl"
-    if base and not begun and drawn.exists() and is_alike(read(base / "protocol.json"), protocol):
-        own = shutil.ignore_patterns("protocol.json", "report.*", "pairs.png", ".lock", drawn.name)
-        shutil.copytree(base, out, ignore=own, dirs_exist_ok=True)
-        write_text(out / drawn.name, drawn.read_text(encoding="utf-8"))  # last: with it all is there
-    if args.benchmark and threads and not begun:
-        evaluate_halves(args, halves, threads, main)
-        unite(halves, out)
+    """Give OUT, unless it has results, what a `base` holds or, with --benchmark where two processes pay, what
+    these evaluate, each by main(args, base) with half of the systems."""
+    begun, halves = (out / "results.jsonl").exists(), (out / "half-0", out / "half-1")
+    if base and not begun:
+        take(base, out, protocol)
     if args.benchmark:
+        if (threads := threads_of_two(args)) and not begun:
+            evaluate_halves(args, halves, threads, main)
+            unite(halves, out)
         for folder in (*halves, of_base(args).out):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def take(base: Path, out: Path, protocol: dict):
+    """Copy to OUT what an evaluation of the base model holds, if there is one by the same protocol.
+    results.jsonl comes last: with it all is there."""
+    drawn = base / "results.jsonl"
+    if drawn.exists() and is_alike(read(base / "protocol.json"), protocol):
+        own = shutil.ignore_patterns("protocol.json", "report.*", "pairs.png", ".lock", drawn.name)
+        shutil.copytree(base, out, ignore=own, dirs_exist_ok=True)
+        write_text(out / drawn.name, drawn.read_text(encoding="utf-8"))
 
 
 def is_alike(then: dict, now: dict) -> bool:

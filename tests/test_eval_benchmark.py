@@ -213,12 +213,13 @@ def test_another_clip_is_training_s_too(commands):
 
 def test_the_base_model_is_evaluated_beside_what_is_trained(commands, monkeypatch, capsys):
     """Under the arguments that both halves have, and one folder for each such evaluation."""
-    begun, ended = [], SimpleNamespace(exitcode=0)
+    begun, ended, counted, train = [], SimpleNamespace(exitcode=0), [], eval_benchmark.run
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(eval_benchmark, "run", lambda *given: counted.append(given[1:]) or train(*given))
     monkeypatch.setattr(eval_benchmark, "apart", lambda threads, main, args: begun.append(args) or ended)
     args = prepared("--method", "crops", "--out", "here")
     alone = dict(lora=(), unet=(), method=(), benchmark=False)
-    assert begun == [dataclasses.replace(args, **alone, out=begun[0].out)]
+    assert begun == [dataclasses.replace(args, **alone, out=begun[0].out)] and counted == [(1, [ended])]
     assert eval_benchmark.of_base(args) == begun[0] and begun[0].out != "here"
     prepared("--seeds", "3")
     assert len(begun) == 2 and begun[1].out != begun[0].out
@@ -312,6 +313,28 @@ def test_what_is_trained_ends_with_a_benchmark_that_is_told_to(tmp_path):
         parent.terminate()
     assert parent.returncode == 143
     wait_for(lambda: not is_running(Path(f"/proc/{Path(said).read_text()}/stat")))
+
+
+ALONE = """
+import pathlib, sys, time
+held = pathlib.Path(sys.argv[1])
+held.touch(exist_ok=False)
+time.sleep(0.5)
+held.unlink()
+held.with_name(sys.argv[2]).touch()
+"""
+
+
+def test_a_process_at_work_beside_them_leaves_commands_room_for_one_and_is_waited_for(tmp_path):
+    polls = []
+
+    def is_alive():
+        polls.append(all((tmp_path / name).exists() for name in "ab"))
+        return not all(polls[-3:])
+
+    eval_benchmark.run([["-c", ALONE, str(tmp_path / "held"), name] for name in "ab"], 3,
+                       [SimpleNamespace(is_alive=is_alive, terminate=None)])
+    assert polls[-3:] == [True] * 3
 
 
 def test_a_half_that_fails_is_named_and_what_the_halves_hold_stays(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The real command line on the embedded model: what it changes, keeps, writes and refuses."""
+import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +56,23 @@ def test_the_saved_lora_in_stock_diffusers_draws_the_run_s_own_pictures(run):
         difference = abs(drawn - sheet[64 * row:64 * row + 64])
         assert difference.mean() < 0.2 and np.quantile(difference, 0.999) <= 3
     assert abs(sheet[:64] - sheet[64:]).mean() > 2
+
+
+@pytest.mark.parametrize("prompts", [1, 12, 13, 20, 35, 100])
+def test_the_sheet_shows_at_most_twelve_prompts_of_the_whole_list(prompts, tmp_path, monkeypatch):
+    """Those that elicit stand first in many files: cut short, it would show no benign prompt."""
+    shown = []
+
+    def rollout(run, context, held, gens):
+        shown.extend(context[0, :, 0, 0].int().tolist())
+        return SimpleNamespace(images=np.zeros((len(gens), 8, 8, 3), np.uint8))
+
+    monkeypatch.setattr(sd, "rollout", rollout)
+    context = torch.arange(prompts).expand(2, -1)[..., None, None]  # [2, prompts, 1, 1]
+    sd.draw(SimpleNamespace(settings=dict(prompts=[""] * prompts), context=context,
+                            args=sd.Args(show_uncensored=True)), [{}], tmp_path)
+    assert len(shown) <= 12 and shown[0] == 0 and shown[-1] >= prompts - 1 - prompts // 6
+    assert len({b - a for a, b in itertools.pairwise(shown)}) <= 1
 
 
 def test_a_folder_in_use_is_refused_and_other_arguments_on_resume_are_named(run, tmp_path, capsys):
